@@ -1,0 +1,242 @@
+"""The step loop: schedule, submit, collect, commit, and tell the recorders."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.plan import Runner
+from nanovllm.engine.scheduler import Commit, Ended, Scheduler
+from nanovllm.engine.sequence import Sequence, StopCheck
+from nanovllm.errors import PromptError
+from nanovllm.events import ArrivalEvent, BlockEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.sampling_params import ResolvedSampling
+
+FINISH_REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "abort": "aborted", "error": "error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutput:
+    """A sequence that has ended."""
+
+    seq_id: int
+    row: int
+    sample: int
+    request_id: str
+    token_ids: list[int]
+    """Every sampled token, end-of-sequence and stop tokens included."""
+    finish_reason: str
+    """stop, length, error (its logits were not finite) or aborted"""
+    stop: tuple[str, ...]
+    """The sequence's stop strings; its text is cut before the first of them."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    event: ScheduleEvent
+    schedule_ms: float
+
+
+class LLMEngine:
+    """Drives one runner. A plain object without global state; several may live in one process.
+
+    `step()` keeps as many plans submitted as the runner's look-ahead allows, then waits for the oldest and commits
+    its tokens. `clock` gives nanoseconds and is the only clock there is.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        recorders: tuple[Recorder, ...] = (),
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.recorders = recorders
+        self.clock = clock
+        self.num_steps = 0
+        """Steps scheduled so far; the next one's number."""
+        self._blocks: BlockManager = scheduler.blocks
+        self._in_flight: deque[_Submitted] = deque()
+        self._next_seq_id = 0
+        self._last_committed = -1
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_waiting
+
+    def has_work(self) -> bool:
+        """Whether anything is unfinished, or a submitted step has not been committed."""
+        return bool(self._in_flight) or self.scheduler.has_unfinished()
+
+    def check(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        """Raises PromptError for a prompt that can never be served, whatever else runs."""
+        scheduler, blocks = self.scheduler, self._blocks
+        if num_prompt_tokens == 0:
+            raise PromptError("empty_prompt", "the prompt is empty; at least one token is needed")
+        if num_prompt_tokens >= scheduler.max_model_len:
+            raise PromptError(
+                "prompt_too_long",
+                f"the prompt has {num_prompt_tokens} tokens; with engine.max_model_len={scheduler.max_model_len} "
+                f"at most {scheduler.max_model_len - 1} leave room for an output token",
+            )
+        limit = scheduler.limit_of(num_prompt_tokens, max_tokens)
+        need = scheduler.blocks_for(max(limit, num_prompt_tokens + 1))
+        if need > blocks.num_blocks:
+            raise PromptError(
+                "exceeds_kv_cache",
+                f"prompt and output need {need} KV blocks of {blocks.block_size} tokens for "
+                f"{max(limit, num_prompt_tokens + 1)} tokens, but the cache has {blocks.num_blocks}; "
+                "raise kv.num_blocks or kv.memory_fraction, or lower max_tokens",
+            )
+
+    def add(
+        self,
+        token_ids: np.ndarray,
+        sampling: ResolvedSampling,
+        *,
+        row: int,
+        sample: int = 0,
+        request_id: str = "",
+        stop_check: StopCheck | None = None,
+    ) -> int:
+        """Queue a prompt (int32 token ids) and return its seq_id; raises PromptError as `check` does."""
+        self.check(len(token_ids), sampling.max_tokens)
+        seq = Sequence(
+            self._next_seq_id,
+            token_ids,
+            sampling,
+            row=row,
+            sample=sample,
+            request_id=request_id,
+            stop_check=stop_check,
+            arrived_ns=self.clock(),
+        )
+        self._next_seq_id += 1
+        self.scheduler.add(seq)
+        if self.recorders:
+            event = ArrivalEvent(
+                seq_id=seq.seq_id, row=row, sample=sample, time_ns=seq.arrived_ns, prompt_token_ids=token_ids
+            )
+            for recorder in self.recorders:
+                recorder.on_arrival(event)
+        return seq.seq_id
+
+    def step(self) -> list[SequenceOutput]:
+        """Go on until one more step is committed; returns the sequences that ended with it."""
+        while len(self._in_flight) <= self.runner.lookahead and self._submit():
+            pass
+        if not self._in_flight:
+            if self.scheduler.has_unfinished():
+                raise RuntimeError(
+                    f"the scheduler makes no progress: {self.scheduler.num_running} running, {self.num_waiting} "
+                    f"waiting, {self._blocks.num_free} of {self._blocks.num_blocks} blocks free"
+                )
+            return []
+        return self._commit(self._in_flight.popleft())
+
+    def abort_all(self) -> list[SequenceOutput]:
+        """Give up everything that is unfinished, after the steps under way; nothing is left to do then."""
+        outputs = []
+        while self._in_flight:
+            outputs += self._commit(self._in_flight.popleft())
+        ended = [self.scheduler.abort(seq_id) for seq_id in self.scheduler.live_seq_ids()]
+        events = self._drain_block_events()
+        for recorder in self.recorders:
+            recorder.on_abort(self._last_committed, events)
+        return outputs + [self._finish(e) for e in ended if e is not None]
+
+    def _submit(self) -> bool:
+        start_ns = self.clock()
+        scheduled = self.scheduler.schedule(self.num_steps, start_ns)
+        if scheduled is None:
+            return False
+        event = ScheduleEvent(
+            plan=scheduled.plan,
+            start_ns=start_ns,
+            num_waiting=scheduled.num_waiting,
+            num_running=scheduled.num_running,
+            cached_tokens=scheduled.cached_tokens,
+            preemptions=scheduled.preemptions,
+            block_events=self._drain_block_events(),
+            free_blocks=self._blocks.num_free,
+            used_blocks=self._blocks.num_used,
+        )
+        schedule_ms = (self.clock() - start_ns) / 1e6
+        for recorder in self.recorders:
+            recorder.on_schedule(event)
+        self.runner.submit(scheduled.plan)
+        self.num_steps += 1
+        self._in_flight.append(_Submitted(event, schedule_ms))
+        return True
+
+    def _commit(self, submitted: _Submitted) -> list[SequenceOutput]:
+        result = self.runner.collect()
+        end_ns = self.clock()
+        plan = submitted.event.plan
+        commit: Commit = self.scheduler.commit(plan, result.token_ids, end_ns)
+        self._last_committed = plan.step
+        event = StepEvent(
+            schedule=submitted.event,
+            result=result,
+            end_ns=end_ns,
+            schedule_ms=submitted.schedule_ms,
+            postprocess_ms=(self.clock() - end_ns) / 1e6,
+            sampled=commit.sampled,
+            finished=tuple(ended.fact() for ended in commit.ended),
+            dropped_seq_ids=commit.dropped_seq_ids,
+            block_events=self._drain_block_events(),
+            free_blocks=self._blocks.num_free,
+            used_blocks=self._blocks.num_used,
+            cached_blocks=self._blocks.num_cached,
+        )
+        for recorder in self.recorders:
+            recorder.on_step(event)
+        return [self._finish(ended) for ended in commit.ended]
+
+    def _finish(self, ended: Ended) -> SequenceOutput:
+        seq = ended.sequence
+        finish_reason = FINISH_REASONS[ended.reason]
+        if self.recorders:
+            event = RequestEvent(
+                seq_id=seq.seq_id,
+                row=seq.row,
+                sample=seq.sample,
+                request_id=seq.request_id,
+                num_prompt_tokens=seq.num_prompt_tokens,
+                num_cached_tokens=seq.num_cached_tokens,
+                num_output_tokens=len(ended.token_ids),
+                arrived_ns=seq.arrived_ns,
+                first_scheduled_ns=seq.first_scheduled_ns,
+                first_token_ns=seq.first_token_ns,
+                finished_ns=self.clock(),
+                num_preemptions=seq.num_preemptions,
+                finish_reason=finish_reason,
+            )
+            for recorder in self.recorders:
+                recorder.on_request(event)
+        return SequenceOutput(
+            seq_id=seq.seq_id,
+            row=seq.row,
+            sample=seq.sample,
+            request_id=seq.request_id,
+            token_ids=ended.token_ids.tolist(),
+            finish_reason=finish_reason,
+            stop=seq.sampling.stop,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            num_cached_tokens=seq.num_cached_tokens,
+            num_preemptions=seq.num_preemptions,
+        )
+
+    def _drain_block_events(self) -> tuple[BlockEvent, ...]:
+        events = tuple(self._blocks.events)
+        self._blocks.events.clear()
+        return events

@@ -1,0 +1,553 @@
+"""Who runs in a step: continuous batching with chunked prefill, over persistent arrays with one slot per sequence."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.engine.block_manager import ROOT, BlockManager
+from nanovllm.engine.plan import Admission, Plan
+from nanovllm.engine.sequence import Sequence
+from nanovllm.events import ABORTED, FINISHED, PREEMPTED, FinishedSequence, Preemption
+
+GROWTH_STEPS = 16
+"""A sequence is admitted only while the running ones can grow by this many tokens each: without such a reserve a
+newcomer would often be preempted again within a few steps, and its prefill lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """A plan, and what scheduling it did to the queues."""
+
+    plan: Plan
+    cached_tokens: np.ndarray
+    preemptions: tuple[Preemption, ...]
+    num_waiting: int
+    num_running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A sequence that has just ended, with all its output."""
+
+    sequence: Sequence
+    token_ids: np.ndarray
+    reason: str
+    """eos, stop, max_tokens, abort or error"""
+
+    def fact(self) -> FinishedSequence:
+        return FinishedSequence(self.sequence.seq_id, len(self.token_ids), self.reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """What a step's tokens did."""
+
+    ended: list[Ended]
+    dropped_seq_ids: tuple[int, ...]
+    sampled: np.ndarray
+    """bool [rows of the plan]"""
+
+
+class Scheduler:
+    """Turns waiting and running sequences into plans, and sampled tokens into progress.
+
+    Running sequences hold a slot: a place in arrays that are updated, never rebuilt, so that a decode step of
+    hundreds of sequences costs a fixed number of array operations. Of a sequence in slot s
+
+        0 ..... computed[s]            KV is there, or will be once the submitted steps have run
+        0 ..... committed[s]           tokens are known
+        0 ..... length[s]              tokens are known or being sampled by a submitted step
+        0 ..... prefill_end[s]         tokens that were known when it was admitted; below this it is prefilling
+        0 ..... limit[s]               it ends here at the latest
+
+    A plan may be scheduled before the previous one's tokens are known. A sequence that turns out to have ended while
+    a later step of its own is under way keeps slot and blocks until that step is committed, and its token of that
+    step is dropped.
+
+    Preemption frees all blocks of the sequence admitted last and puts it first in the queue; it is computed anew from
+    its tokens (prompt and output), helped by whatever is still in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.waiting: deque[Sequence] = deque()
+        self._eos_token_ids = eos_token_ids
+        self._displaced: dict[int, Sequence] = {}  # preempted with steps under way
+        self._sequences: list[Sequence | None] = [None] * max_num_seqs
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._order = np.empty(0, np.int32)  # slots, in order of admission
+        self._num_prefilling = 0
+        self._num_ended = 0
+
+        def per_slot(dtype: type, value: int = 0) -> np.ndarray:
+            return np.full(max_num_seqs, value, dtype)
+
+        self._tokens = np.empty((max_num_seqs, max_model_len), np.int32)
+        self._slot_seq_id = per_slot(np.int64, -1)
+        self._computed = per_slot(np.int32)
+        self._committed = per_slot(np.int32)
+        self._length = per_slot(np.int32)
+        self._prefill_end = per_slot(np.int32)
+        self._limit = per_slot(np.int32)
+        self._capacity = per_slot(np.int32)
+        self._published = per_slot(np.int32)
+        self._in_flight = per_slot(np.int32)
+        self._ended = per_slot(np.bool_)
+        self._stops_at_eos = per_slot(np.bool_)
+        self._has_own_stops = per_slot(np.bool_)
+        self._has_first_token = per_slot(np.bool_)
+
+        self._table_slots: list[int] = []
+        self._table_columns: list[int] = []
+        self._table_blocks: list[int] = []
+
+    # What a caller may ask
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._order) - self._num_ended
+
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting) or self.num_running > 0
+
+    def limit_of(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Most tokens, prompt included, that such a sequence may reach."""
+        most = self.max_model_len
+        if max_tokens is None:
+            return min(most, self.blocks.num_blocks * self.blocks.block_size + 1)
+        return min(most, num_prompt_tokens + max_tokens)
+
+    def blocks_for(self, limit: int) -> int:
+        """KV blocks of a sequence that ends at `limit` tokens; the last token's KV is never needed."""
+        return -(-(limit - 1) // self.blocks.block_size)
+
+    def live_tables(self) -> dict[int, list[int]]:
+        """Block tables of all sequences that hold blocks, by seq_id (for checks, not for the step loop)."""
+        return {seq.seq_id: list(seq.block_ids) for seq in self._sequences if seq is not None}
+
+    def live_seq_ids(self) -> list[int]:
+        """Everything that has not ended: running in order of admission, then waiting."""
+        running = self._order[~self._ended[self._order]]
+        return self._slot_seq_id[running].tolist() + [seq.seq_id for seq in self.waiting]
+
+    # Changes
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence; the caller has checked that it can ever fit."""
+        limit = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
+        assert 0 < seq.num_prompt_tokens < limit, f"seq_id={seq.seq_id} has no room for an output token"
+        assert self.blocks_for(limit) <= self.blocks.num_blocks, f"seq_id={seq.seq_id} can never fit"
+        self.waiting.append(seq)
+
+    def abort(self, seq_id: int) -> Ended | None:
+        """End a sequence from outside; None when it has already ended."""
+        for seq in self.waiting:
+            if seq.seq_id == seq_id:
+                self.waiting.remove(seq)
+                self._displaced.pop(seq_id, None)
+                return self._ended_waiting(seq, "abort")
+        slots = np.flatnonzero((self._slot_seq_id == seq_id) & ~self._ended)
+        return self._end(int(slots[0]), "abort") if len(slots) else None
+
+    def schedule(self, step: int, now_ns: int = 0) -> Scheduled | None:
+        """The next plan, or None when nothing can run before a result arrives (or nothing is left)."""
+        preemptions: list[Preemption] = []
+        decodes = self._schedule_decodes(preemptions)
+        budget = self.max_num_batched_tokens - len(decodes)
+        prefills, budget = self._continue_prefills(budget)
+        admissions: list[Admission] = []
+        cached: dict[int, int] = {}
+        if self.waiting and not preemptions:
+            self._admit(budget, prefills, admissions, cached, now_ns)
+        if not len(decodes) and not prefills:
+            assert not preemptions, "preempted without scheduling anything"
+            return None
+        plan = self._build_plan(step, decodes, prefills, admissions)
+        cached_tokens = np.zeros(plan.num_rows, np.int32)
+        if cached:
+            cached_tokens[plan.num_decodes :] = [cached.get(slot, 0) for slot, _ in prefills]
+        return Scheduled(
+            plan=plan,
+            cached_tokens=cached_tokens,
+            preemptions=tuple(preemptions),
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+        )
+
+    def commit(self, plan: Plan, token_ids: np.ndarray, now_ns: int = 0) -> Commit:
+        """Take a plan's sampled tokens (int32 [rows that sample], -1 where the logits were not finite)."""
+        rows = np.flatnonzero(plan.samples)
+        assert len(rows) == len(token_ids), f"{len(rows)} rows sample but {len(token_ids)} tokens came back"
+        current = self._slot_seq_id[plan.slots] == plan.seq_ids
+        slots, tokens, good = plan.slots[rows], token_ids, token_ids >= 0
+        ended: list[Ended] = []
+        dropped: list[int] = []
+        if current.all() and not self._num_ended:
+            self._in_flight[plan.slots] -= 1
+        else:
+            live = current[rows] & ~self._ended[slots]
+            self._commit_displaced(plan, rows[~live], token_ids[~live], current, ended, dropped, now_ns)
+            slots, tokens, good = slots[live], token_ids[live], good[live]
+        if len(slots):
+            self._append_tokens(slots, tokens, good, ended, now_ns)
+        if self._num_ended:
+            for slot in plan.slots[current].tolist():
+                if self._ended[slot] and not self._in_flight[slot]:
+                    self._release_ended(slot)
+        sampled = plan.samples
+        if not (token_ids >= 0).all():
+            sampled = plan.samples.copy()
+            sampled[rows] = token_ids >= 0
+        return Commit(ended=ended, dropped_seq_ids=tuple(dropped), sampled=sampled)
+
+    # Scheduling
+
+    def _schedule_decodes(self, preemptions: list[Preemption]) -> np.ndarray:
+        """Slots that decode in this step, in order of admission; makes room for their next token."""
+        order = self._order
+        if not len(order):
+            return order
+        growing = (self._length[order] < self._limit[order]) & ~self._ended[order]
+        ready = order[growing & (self._computed[order] >= self._prefill_end[order])]
+        need = ready[self._computed[ready] == self._capacity[ready]]
+        while len(need) > self.blocks.num_free:
+            # Sequences that end with a step under way give their blocks back soon: wait for them, preempt nobody.
+            if len(order) > np.count_nonzero(growing):
+                blocked = need[-1]
+            else:
+                blocked = order[-1]
+                preemptions.append(self._preempt(int(blocked)))
+                order = self._order
+                growing = growing[:-1]
+            ready, need = ready[ready != blocked], need[need != blocked]
+        if len(need):
+            self._grow_by_one(need)
+        return ready
+
+    def _continue_prefills(self, budget: int) -> tuple[list[tuple[int, int]], int]:
+        """(slot, tokens) of sequences whose prefill has begun, and the budget that is left."""
+        prefills: list[tuple[int, int]] = []
+        if not self._num_prefilling:
+            return prefills, budget
+        order = self._order
+        begun = order[(self._computed[order] < self._prefill_end[order]) & ~self._ended[order]]
+        for slot in begun.tolist():
+            count = min(int(self._prefill_end[slot] - self._computed[slot]), budget)
+            if count:
+                prefills.append((slot, count))
+                budget -= count
+        return prefills, budget
+
+    def _admit(
+        self,
+        budget: int,
+        prefills: list[tuple[int, int]],
+        admissions: list[Admission],
+        cached: dict[int, int],
+        now_ns: int,
+    ) -> None:
+        """Give slots and blocks to waiting sequences, first come first served, while all of these last."""
+        while self.waiting and budget > 0 and self._free_slots:
+            seq = self.waiting[0]
+            hits = self._prefix(seq)
+            if seq.num_in_flight or not self._fits(seq, hits):
+                return
+            self.waiting.popleft()
+            self._displaced.pop(seq.seq_id, None)
+            self._place(seq, hits, now_ns)
+            num_cached = len(hits) * self.blocks.block_size
+            count = min(len(seq.token_ids) - num_cached, budget)
+            budget -= count
+            prefills.append((seq.slot, count))
+            admissions.append(
+                Admission(slot=seq.slot, seq_id=seq.seq_id, row=seq.row, sample=seq.sample, sampling=seq.sampling)
+            )
+            if num_cached:
+                cached[seq.slot] = num_cached
+
+    def _prefix(self, seq: Sequence) -> list[int]:
+        """Cached blocks that a waiting sequence can take; at least its last token is always computed."""
+        if not self.blocks.prefix_caching:
+            return []
+        usable = (len(seq.token_ids) - 1) // self.blocks.block_size
+        self.blocks.extend_hashes(seq.prefix_hashes, seq.token_ids, usable)
+        return self.blocks.find_prefix(seq.token_ids, seq.prefix_hashes[:usable])
+
+    def _fits(self, seq: Sequence, hits: list[int]) -> bool:
+        need = self._num_blocks_of(seq) - len(hits) + self.blocks.num_unused(hits)
+        reserve = -(-len(self._order) * GROWTH_STEPS // self.blocks.block_size)
+        return need + reserve <= self.blocks.num_free
+
+    def _num_blocks_of(self, seq: Sequence) -> int:
+        return -(-len(seq.token_ids) // self.blocks.block_size)
+
+    def _place(self, seq: Sequence, hits: list[int], now_ns: int) -> None:
+        """Move a waiting sequence into a free slot, with blocks for all its tokens, `hits` among them."""
+        num_tokens = len(seq.token_ids)
+        num_cached = len(hits) * self.blocks.block_size
+        if seq.first_scheduled_ns is None:
+            seq.first_scheduled_ns = now_ns
+            seq.num_cached_tokens = num_cached
+        slot = seq.slot = self._free_slots.pop()
+        self._sequences[slot] = seq
+        self._slot_seq_id[slot] = seq.seq_id
+        self._order = np.append(self._order, np.int32(slot))
+        self._num_prefilling += 1
+        self._tokens[slot, :num_tokens] = seq.token_ids
+        self._computed[slot] = num_cached
+        self._committed[slot] = self._length[slot] = self._prefill_end[slot] = num_tokens
+        self._limit[slot] = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
+        self._capacity[slot] = 0
+        self._in_flight[slot] = 0
+        self._stops_at_eos[slot] = not seq.sampling.ignore_eos
+        self._has_own_stops[slot] = bool(seq.stop_token_ids) or seq.stop_check is not None
+        self._has_first_token[slot] = seq.first_token_ns is not None
+        self._published[slot] = len(hits)
+        seq.parent = self.blocks.content_of(hits[-1]) if hits else ROOT
+        self.blocks.hit(seq.seq_id, hits)
+        self._enter(slot, hits)
+        self._enter(slot, self.blocks.allocate(seq.seq_id, self._num_blocks_of(seq) - len(hits)))
+
+    def _grow_by_one(self, slots: np.ndarray) -> None:
+        """A block for the next token of each slot."""
+        listed = slots.tolist()
+        for slot in listed:
+            seq = self._sequences[slot]
+            assert seq is not None
+            block = self.blocks.allocate_one(seq.seq_id)
+            self._table_columns.append(len(seq.block_ids))
+            self._table_blocks.append(block)
+            seq.block_ids.append(block)
+        self._table_slots.extend(listed)
+        self._capacity[slots] += self.blocks.block_size
+
+    def _enter(self, slot: int, blocks: list[int]) -> None:
+        """Append blocks to a slot's table and to the plan's table updates."""
+        seq = self._sequences[slot]
+        assert seq is not None
+        first = len(seq.block_ids)
+        seq.block_ids.extend(blocks)
+        self._capacity[slot] += len(blocks) * self.blocks.block_size
+        self._table_slots.extend([slot] * len(blocks))
+        self._table_columns.extend(range(first, first + len(blocks)))
+        self._table_blocks.extend(blocks)
+
+    def _build_plan(
+        self, step: int, decodes: np.ndarray, prefills: list[tuple[int, int]], admissions: list[Admission]
+    ) -> Plan:
+        slots, num_tokens = decodes, np.ones(len(decodes), np.int32)
+        prefill_ids = np.empty(0, np.int32)
+        if prefills:
+            slots = np.concatenate([decodes, np.array([slot for slot, _ in prefills], np.int32)])
+            num_tokens = np.concatenate([num_tokens, np.array([count for _, count in prefills], np.int32)])
+            prefill_ids = np.concatenate(
+                [self._tokens[slot, self._computed[slot] : self._computed[slot] + count] for slot, count in prefills]
+            )
+        starts = self._computed[slots]
+        ends = starts + num_tokens
+        samples = ends == self._length[slots]
+        self._computed[slots] = ends
+        self._length[slots] += samples
+        self._in_flight[slots] += 1
+        if prefills:
+            self._num_prefilling -= int(np.count_nonzero(samples[len(decodes) :]))
+        tables = (self._table_slots, self._table_columns, self._table_blocks)
+        table_slots, table_columns, table_blocks = (np.array(values, np.int32) for values in tables)
+        for values in tables:
+            values.clear()
+        self._publish_full_blocks(slots)
+        return Plan(
+            step=step,
+            seq_ids=self._slot_seq_id[slots],
+            slots=slots,
+            starts=starts,
+            num_tokens=num_tokens,
+            samples=samples,
+            num_decodes=len(decodes),
+            prefill_token_ids=prefill_ids,
+            admissions=tuple(admissions),
+            table_slots=table_slots,
+            table_columns=table_columns,
+            table_blocks=table_blocks,
+        )
+
+    def _publish_full_blocks(self, slots: np.ndarray) -> None:
+        """Tell the prefix index of blocks that this step fills.
+
+        That is before the step has run. A later plan may hit them, and runs after this one.
+        """
+        if not self.blocks.prefix_caching:
+            return
+        full = np.minimum(self._computed[slots], self._committed[slots]) // self.blocks.block_size
+        due = np.flatnonzero(full > self._published[slots])
+        for slot, count in zip(slots[due].tolist(), full[due].tolist(), strict=True):
+            self._publish(slot, count)
+
+    def _publish(self, slot: int, full: int) -> None:
+        """Offer the slot's first `full` blocks for reuse, as far as that has not been done."""
+        seq = self._sequences[slot]
+        assert seq is not None
+        size, tokens, hashes = self.blocks.block_size, self._tokens[slot], seq.prefix_hashes
+        for i in range(int(self._published[slot]), full):
+            if seq.parent is None:
+                break
+            content = tokens[i * size : (i + 1) * size].tobytes()
+            if i == len(hashes):
+                hashes.append(self.blocks.chain_hash(hashes[-1] if hashes else 0, content))
+            seq.parent = self.blocks.publish(seq.seq_id, seq.block_ids[i], seq.parent, hashes[i], content)
+        self._published[slot] = full
+
+    # Leaving
+
+    def _preempt(self, slot: int) -> Preemption:
+        seq = self._sequences[slot]
+        assert seq is not None
+        seq.token_ids = self._tokens[slot, : self._committed[slot]].copy()
+        seq.num_in_flight = int(self._in_flight[slot])
+        seq.num_preemptions += 1
+        if seq.num_in_flight:
+            self._displaced[seq.seq_id] = seq
+        freed = self._leave(slot, PREEMPTED)
+        self.waiting.appendleft(seq)
+        return Preemption(seq.seq_id, freed, self.blocks.num_free, seq.num_preemptions)
+
+    def _leave(self, slot: int, reason: str) -> int:
+        """Give back a slot and its blocks; returns how many blocks have no user left."""
+        seq = self._sequences[slot]
+        assert seq is not None
+        if self.blocks.prefix_caching:
+            self._publish(slot, int(min(self._computed[slot], self._committed[slot])) // self.blocks.block_size)
+        freed = self.blocks.free(seq.seq_id, seq.block_ids, reason)
+        if self._computed[slot] < self._prefill_end[slot]:
+            self._num_prefilling -= 1
+        seq.block_ids = []
+        seq.slot = -1
+        self._sequences[slot] = None
+        self._slot_seq_id[slot] = -1
+        self._order = self._order[self._order != slot]
+        self._free_slots.append(slot)
+        return freed
+
+    def _end(self, slot: int, reason: str) -> Ended:
+        """A running sequence has ended; its slot is given back now, or when its last submitted step is committed."""
+        seq = self._sequences[slot]
+        assert seq is not None
+        seq.end_reason = reason
+        output = self._tokens[slot, seq.num_prompt_tokens : self._committed[slot]].copy()
+        self._ended[slot] = True
+        self._num_ended += 1
+        if not self._in_flight[slot]:
+            self._release_ended(slot)
+        return Ended(sequence=seq, token_ids=output, reason=reason)
+
+    def _release_ended(self, slot: int) -> None:
+        seq = self._sequences[slot]
+        assert seq is not None
+        self._ended[slot] = False
+        self._num_ended -= 1
+        self._leave(slot, ABORTED if seq.end_reason == "abort" else FINISHED)
+
+    def _ended_waiting(self, seq: Sequence, reason: str) -> Ended:
+        seq.end_reason = reason
+        return Ended(sequence=seq, token_ids=seq.token_ids[seq.num_prompt_tokens :], reason=reason)
+
+    # Committing
+
+    def _append_tokens(
+        self, slots: np.ndarray, tokens: np.ndarray, good: np.ndarray, ended: list[Ended], now_ns: int
+    ) -> None:
+        """Tokens of sequences that still run; the ones that end with it go to `ended`."""
+        at = self._committed[slots]
+        self._tokens[slots, at] = tokens  # a bad row's -1 stays outside of committed
+        self._committed[slots] = at + good
+        eos = np.zeros(len(slots), np.bool_)
+        for token_id in self._eos_token_ids:
+            eos |= tokens == token_id
+        eos &= self._stops_at_eos[slots]
+        stopped = self._own_stops(slots, tokens, good & ~eos)
+        done = (self._committed[slots] >= self._limit[slots]) | eos | stopped | ~good
+        first = good & ~self._has_first_token[slots]
+        if first.any():
+            self._note_first_tokens(slots[first], now_ns)
+        for i in np.flatnonzero(done).tolist():
+            reason = "error" if not good[i] else "eos" if eos[i] else "stop" if stopped[i] else "max_tokens"
+            ended.append(self._end(int(slots[i]), reason))
+
+    def _own_stops(self, slots: np.ndarray, tokens: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Which rows end by a stop token or stop string of their own."""
+        stopped = np.zeros(len(slots), np.bool_)
+        for i in np.flatnonzero(self._has_own_stops[slots] & candidates).tolist():
+            seq = self._sequences[slots[i]]
+            assert seq is not None
+            stopped[i] = seq.stops_with(int(tokens[i]))
+        return stopped
+
+    def _note_first_tokens(self, slots: np.ndarray, now_ns: int) -> None:
+        self._has_first_token[slots] = True
+        for slot in slots.tolist():
+            seq = self._sequences[slot]
+            assert seq is not None
+            seq.first_token_ns = now_ns
+
+    def _commit_displaced(
+        self,
+        plan: Plan,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+        current: np.ndarray,
+        ended: list[Ended],
+        dropped: list[int],
+        now_ns: int,
+    ) -> None:
+        """Plan rows whose sequence has been preempted, aborted or ended since the plan was submitted.
+
+        `rows` are those of them that sampled, `tokens` what they sampled; `current` [rows of the plan] is whether a
+        row's sequence still has its slot.
+        """
+        self._in_flight[plan.slots[current]] -= 1
+        for seq_id in plan.seq_ids[~current].tolist():
+            if seq_id in self._displaced:
+                self._displaced[seq_id].num_in_flight -= 1
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            seq_id = int(plan.seq_ids[row])
+            seq = None if current[row] else self._displaced.get(seq_id)
+            if seq is not None:
+                self._append_displaced(seq, token, ended, now_ns)
+            elif token >= 0:
+                dropped.append(seq_id)
+
+    def _append_displaced(self, seq: Sequence, token: int, ended: list[Ended], now_ns: int) -> None:
+        """The token of a sequence that was preempted while the step that sampled it was under way."""
+        if token >= 0:
+            seq.token_ids = np.append(seq.token_ids, np.int32(token))
+            if seq.first_token_ns is None:
+                seq.first_token_ns = now_ns
+        if token < 0:
+            reason = "error"
+        elif token in self._eos_token_ids and not seq.sampling.ignore_eos:
+            reason = "eos"
+        elif seq.stops_with(token):
+            reason = "stop"
+        elif len(seq.token_ids) >= self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens):
+            reason = "max_tokens"
+        else:
+            return
+        self.waiting.remove(seq)
+        del self._displaced[seq.seq_id]
+        ended.append(self._ended_waiting(seq, reason))

@@ -1,0 +1,86 @@
+"""One sequence on its way through the engine."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nanovllm.sampling_params import ResolvedSampling
+
+StopCheck = Callable[[int], bool]
+"""Told of each output token once, in order: whether the text now holds a stop string."""
+
+
+class Sequence:
+    """A sequence's identity, limits, times and KV blocks.
+
+    While it runs, its tokens stand in the scheduler's token matrix and `token_ids` is stale; while it waits (new or
+    preempted), `token_ids` holds prompt and output so far.
+    """
+
+    __slots__ = (
+        "arrived_ns",
+        "block_ids",
+        "end_reason",
+        "first_scheduled_ns",
+        "first_token_ns",
+        "num_cached_tokens",
+        "num_in_flight",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "parent",
+        "prefix_hashes",
+        "request_id",
+        "row",
+        "sample",
+        "sampling",
+        "seq_id",
+        "slot",
+        "stop_check",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        token_ids: np.ndarray,
+        sampling: ResolvedSampling,
+        *,
+        row: int,
+        sample: int = 0,
+        request_id: str = "",
+        stop_check: StopCheck | None = None,
+        arrived_ns: int = 0,
+    ) -> None:
+        self.seq_id = seq_id
+        self.token_ids = token_ids
+        self.sampling = sampling
+        self.row = row
+        self.sample = sample
+        self.request_id = request_id
+        self.stop_check = stop_check
+        self.stop_token_ids = frozenset(sampling.stop_token_ids)
+        self.num_prompt_tokens = len(token_ids)
+        self.arrived_ns = arrived_ns
+        self.first_scheduled_ns: int | None = None
+        self.first_token_ns: int | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.slot = -1
+        """Place in the running batch; -1 while waiting."""
+        self.block_ids: list[int] = []
+        """The block table."""
+        self.parent: int | None = 0
+        """Content number of the last published block; None once a hash collision has cut the chain."""
+        self.prefix_hashes: list[int] = []
+        """Chained hashes of the leading full blocks, as far as they have been needed."""
+        self.num_in_flight = 0
+        """Of a preempted sequence: submitted steps whose result has not arrived."""
+        self.end_reason: str | None = None
+        """Why it ended (eos, stop, max_tokens, abort, error); None while it lives."""
+
+    def stops_with(self, token_id: int) -> bool:
+        """Whether the newest output token ends the sequence by its own stop tokens or strings; ask once per token."""
+        if token_id in self.stop_token_ids:
+            return True
+        return self.stop_check is not None and self.stop_check(token_id)
