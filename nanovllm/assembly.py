@@ -1,0 +1,221 @@
+"""Builds a working engine from a configuration: model, KV cache, runner, scheduler, recorders."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from kernels import reference
+from nanovllm.config import LLMConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.events import Recorder
+from nanovllm.intake import Intake
+from nanovllm.logging import lines
+from nanovllm.logging.memory import cpu_memory, gpu_memory
+from nanovllm.logging.text_recorder import ModelFacts, TextRecorder
+from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_token_ids, parse_config
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.source import ModelSource, resolve_model
+from nanovllm.models.weights import load_dummy, load_weights
+from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.profiling import available_kv_bytes
+from nanovllm.text import load_tokenizer
+
+Phase = Callable[[str], AbstractContextManager[object]]
+"""Wraps a named part of the work, to time it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """A working engine and what it was built from, with every automatic choice made."""
+
+    engine: LLMEngine
+    intake: Intake
+    source: ModelSource
+    model_config: Qwen3Config
+    settings: dict[str, object]
+    """What the log's Configuration line shows."""
+    num_kv_blocks: int
+    kv_bytes: int
+    device: str
+    """The device's own name."""
+    dtype: str
+
+
+def assemble(
+    config: LLMConfig,
+    *,
+    recorders: Sequence[Recorder] = (),
+    clock: Callable[[], int] = time.monotonic_ns,
+    source: ModelSource | None = None,
+    phase: Phase = lambda name: nullcontext(),
+) -> Assembly:
+    """Load the model and build the engine around it; `source` saves a second look-up of model.path.
+
+    Raises ModelError for a model that cannot be used, ValueError for settings that do not fit the machine.
+    """
+    if source is None:
+        source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
+    device = _choose_device(config.device)
+    memory = gpu_memory if device.type == "cuda" else cpu_memory
+    with phase("load"):
+        c = parse_config(source.config)
+        dtype = _choose_dtype(config.model.dtype, c, device)
+        max_model_len = _choose_max_model_len(config, c)
+        settings = _settings(config, device, dtype, max_model_len)
+        lines.log_engine_start(source.name, settings)
+        lines.log_runner_start()
+        lines.log_model_loading(source.name)
+        lines.log_model_config(_architecture(c))
+        tokenizer = load_tokenizer(source.directory)
+        model = _load_model(config, source, c, dtype, device, max_model_len)
+        lines.log_model_loaded(memory)
+        bytes_per_block = block_bytes(c, config.kv.block_size, dtype)
+        num_blocks = choose_num_blocks(
+            config.kv, bytes_per_block, available_kv_bytes(model, c, config, dtype, device, max_model_len)
+        )
+        lines.log_kv_cache(
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            block_size=config.kv.block_size,
+            num_blocks=num_blocks,
+            total_bytes=num_blocks * bytes_per_block,
+        )
+        kv_cache = allocate(c, num_blocks, config.kv.block_size, dtype, device)
+        lines.log_kv_cache_allocated(memory)
+    facts = ModelFacts(
+        num_attention_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab_size,
+        kv_cache_shape=tuple(kv_cache.shape[2:]),
+        block_size=config.kv.block_size,
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, config.kv.block_size, prefix_caching=config.kv.prefix_caching),
+        max_num_seqs=config.engine.max_num_seqs,
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids(
+            source.config, source.generation_config, tokenizer.eos_token_id if tokenizer else None
+        ),
+    )
+    engine = LLMEngine(
+        scheduler,
+        ModelRunner(model, kv_cache, max_num_seqs=config.engine.max_num_seqs, max_model_len=max_model_len),
+        recorders=(TextRecorder(facts, memory), *recorders),
+        clock=clock,
+    )
+    intake = Intake(
+        engine,
+        tokenizer,
+        vocab_size=c.vocab_size,
+        defaults=default_sampling(source.generation_config),
+        seed=config.seed,
+    )
+    return Assembly(
+        engine=engine,
+        intake=intake,
+        source=source,
+        model_config=c,
+        settings=settings,
+        num_kv_blocks=num_blocks,
+        kv_bytes=num_blocks * bytes_per_block,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=_dtype_name(dtype),
+    )
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no CUDA device here; install a CUDA build of torch or use device=cpu")
+    return torch.device("cuda", 0) if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def _choose_dtype(dtype: str, c: Qwen3Config, device: torch.device) -> torch.dtype:
+    """auto: the checkpoint's on a GPU; float32 on a CPU, where it is both faster and exact."""
+    if dtype == "auto":
+        dtype = c.dtype if device.type == "cuda" else "float32"
+    return getattr(torch, dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _choose_max_model_len(config: LLMConfig, c: Qwen3Config) -> int:
+    asked = config.engine.max_model_len
+    if asked is not None and asked > c.max_position_embeddings:
+        raise ValueError(
+            f"engine.max_model_len={asked}: must be at most {c.max_position_embeddings}, "
+            "the model's max_position_embeddings"
+        )
+    return asked or c.max_position_embeddings
+
+
+def _load_model(
+    config: LLMConfig,
+    source: ModelSource,
+    c: Qwen3Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> Qwen3ForCausalLM:
+    with torch.device(device), _default_dtype(dtype):
+        model = Qwen3ForCausalLM(reference, c, max_model_len)
+    if config.model.load_format == "dummy":
+        load_dummy(model, config.seed, dtype, device)
+    else:
+        load_weights(model, source, dtype, device)
+    return model.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _settings(config: LLMConfig, device: torch.device, dtype: torch.dtype, max_model_len: int) -> dict[str, object]:
+    kernels = f"reference (auto: the only implementation on {device.type})"
+    return {
+        "tensor_parallel_size": config.parallel.tensor_parallel_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.engine.max_num_seqs,
+        "max_num_batched_tokens": config.engine.max_num_batched_tokens,
+        "enforce_eager": config.engine.enforce_eager,
+        "kernels": kernels if config.engine.kernels == "auto" else config.engine.kernels,
+        "cuda_graphs": "off (enforce_eager)" if config.engine.enforce_eager else "off (not built yet)",
+        "block_size": config.kv.block_size,
+        "num_blocks": config.kv.num_blocks or "auto",
+        "kv_memory_fraction": config.kv.memory_fraction,
+        "enable_prefix_caching": config.kv.prefix_caching,
+        "dtype": _dtype_name(dtype),
+        "load_format": config.model.load_format,
+        "device": str(device),
+        "seed": config.seed,
+    }
+
+
+def _architecture(c: Qwen3Config) -> dict[str, object]:
+    return {
+        "num_layers": c.num_hidden_layers,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.num_attention_heads,
+        "num_kv_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.max_position_embeddings,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "dtype": c.dtype,
+    }

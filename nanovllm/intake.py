@@ -1,0 +1,117 @@
+"""From what a user gives (text, messages or ids) to what the engine takes, and from its tokens back to text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
+from nanovllm.engine.sequence import StopCheck
+from nanovllm.errors import PromptError
+from nanovllm.sampling_params import ResolvedSampling, SamplingParams, resolve
+from nanovllm.stop_strings import StopChecker
+from nanovllm.text import Tokenizer
+
+Message = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt that the engine will accept."""
+
+    token_ids: np.ndarray
+    """int32"""
+    sampling: ResolvedSampling
+    row: int
+    request_id: str
+    new_stop_check: Callable[[], StopCheck] | None
+    """Makes a matcher of the request's stop strings for one sequence; None without stop strings."""
+
+
+class Intake:
+    """Turns prompts into requests. Everything that can be wrong with one prompt is a PromptError here."""
+
+    def __init__(
+        self, engine: LLMEngine, tokenizer: Tokenizer | None, *, vocab_size: int, defaults: SamplingParams, seed: int
+    ) -> None:
+        """`defaults` is the model's own sampling; `seed` is for rows that have none."""
+        self.tokenizer = tokenizer
+        self._engine = engine
+        self._vocab_size = vocab_size
+        self._defaults = defaults
+        self._seed = seed
+
+    def request(
+        self,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        prompt_token_ids: Sequence[int] | None = None,
+        sampling: SamplingParams,
+        row: int,
+        request_id: str = "",
+    ) -> Request:
+        """From exactly one of the three forms; `prompt` gets no chat template. Raises PromptError."""
+        assert sum(form is not None for form in (prompt, messages, prompt_token_ids)) == 1
+        if prompt_token_ids is not None:
+            token_ids = self._checked_ids(prompt_token_ids)
+        elif messages is not None:
+            token_ids = self._needs_tokenizer("messages").apply_chat_template(messages)
+        else:
+            token_ids = self._needs_tokenizer("a prompt").encode(prompt or "")
+        resolved = resolve(sampling, self._defaults, self._seed)
+        resolved, new_stop_check = self._with_stops(resolved)
+        self._engine.check(len(token_ids), resolved.max_tokens)
+        return Request(
+            token_ids=np.array(token_ids, np.int32),
+            sampling=resolved,
+            row=row,
+            request_id=request_id,
+            new_stop_check=new_stop_check,
+        )
+
+    def add(self, request: Request, sample: int = 0) -> int:
+        """Queue one sample of a request; returns its seq_id."""
+        return self._engine.add(
+            request.token_ids,
+            request.sampling,
+            row=request.row,
+            sample=sample,
+            request_id=request.request_id,
+            stop_check=request.new_stop_check() if request.new_stop_check else None,
+        )
+
+    def text(self, output: SequenceOutput) -> str | None:
+        """The output's text, cut before a stop string; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.final_text(output.token_ids, output.stop)
+
+    def _needs_tokenizer(self, form: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError("no_tokenizer", f"{form} needs a tokenizer and the model has none; give prompt_token_ids")
+        return self.tokenizer
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
+        if len(token_ids):
+            self._check_range("prompt_token_ids", min(token_ids), max(token_ids))
+        return token_ids
+
+    def _check_range(self, name: str, lowest: int, highest: int) -> None:
+        if lowest < 0 or highest >= self._vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise PromptError(
+                "token_id_out_of_range",
+                f"{name} holds {wrong}; ids of this model are 0 to {self._vocab_size - 1}",
+            )
+
+    def _with_stops(self, sampling: ResolvedSampling) -> tuple[ResolvedSampling, Callable[[], StopCheck] | None]:
+        """Checks stop ids, and turns stop strings that are special tokens into ids: no text ever shows them."""
+        if sampling.stop_token_ids:
+            self._check_range("stop_token_ids", min(sampling.stop_token_ids), max(sampling.stop_token_ids))
+        if not sampling.stop:
+            return sampling, None
+        tokenizer = self._needs_tokenizer("a stop string")
+        stop = sampling.stop
+        stop_ids = (*sampling.stop_token_ids, *tokenizer.special_token_ids(stop))
+        return replace(sampling, stop_token_ids=stop_ids), lambda: StopChecker(tokenizer, stop).push

@@ -1,0 +1,23 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467)."""
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.layers.ops import Ops
+
+
+class RMSNorm(nn.Module):
+    """Over the last dimension, optionally of a sum that is carried on as the residual."""
+
+    def __init__(self, ops: Ops, size: int, eps: float) -> None:
+        super().__init__()
+        self.ops = ops
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual)"""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,0 +1,190 @@
+"""The engine from Python."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from nanovllm.assembly import assemble
+from nanovllm.config import EngineConfig, KVConfig, LLMConfig, ModelConfig, ParallelConfig
+from nanovllm.engine.llm_engine import SequenceOutput
+from nanovllm.errors import PromptError
+from nanovllm.events import Recorder
+from nanovllm.intake import Message, Request
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int]
+
+SETTINGS = {
+    "dtype": ("model", "dtype"),
+    "load_format": ("model", "load_format"),
+    "revision": ("model", "revision"),
+    "tensor_parallel_size": ("parallel", "tensor_parallel_size"),
+    "max_model_len": ("engine", "max_model_len"),
+    "max_num_seqs": ("engine", "max_num_seqs"),
+    "max_num_batched_tokens": ("engine", "max_num_batched_tokens"),
+    "enforce_eager": ("engine", "enforce_eager"),
+    "kernels": ("engine", "kernels"),
+    "kv_memory_fraction": ("kv", "memory_fraction"),
+    "enable_prefix_caching": ("kv", "prefix_caching"),
+    "block_size": ("kv", "block_size"),
+    "kvcache_block_size": ("kv", "block_size"),
+    "num_gpu_blocks_override": ("kv", "num_blocks"),
+    "num_kvcache_blocks": ("kv", "num_blocks"),
+    "seed": ("", "seed"),
+    "device": ("", "device"),
+}
+"""Flat names (vLLM's where it has one, and nano-vllm's) -> group and key of the job configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """One sample."""
+
+    index: int
+    text: str | None
+    """None when the model has no tokenizer."""
+    token_ids: list[int]
+    finish_reason: str
+    """stop or length; error where the model's logits were not finite."""
+    logprobs: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What became of one prompt."""
+
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+    @property
+    def text(self) -> str | None:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason
+
+
+class LLM:
+    """A model and its engine: `LLM("path-or-hub-id", dtype="bfloat16").generate(["Hello"])`.
+
+    `settings` are those of SETTINGS; an unknown one raises TypeError, a value out of range ValueError. `recorders`
+    learn of every step.
+    """
+
+    def __init__(self, model: str, *, recorders: Sequence[Recorder] = (), **settings: object) -> None:
+        self._assembly = assemble(_config(model, settings), recorders=recorders)
+        self._engine = self._assembly.engine
+        self._intake = self._assembly.intake
+
+    @property
+    def tokenizer(self) -> object:
+        """The model's tokenizer, None if it has none."""
+        return self._intake.tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | str,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue each prompt (text or token ids); results in the prompts' order.
+
+        One SamplingParams for all, or one for each. Raises ValueError before anything is generated if a prompt
+        cannot be served, naming its index. A prompt's noise depends on its seed and index alone.
+        """
+        listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        forms = [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in listed]
+        return self._generate(forms, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or a list of them, through the model's chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if one else list(messages)
+        return self._generate([{"messages": c} for c in conversations], sampling_params, use_tqdm)
+
+    def _generate(
+        self,
+        forms: Sequence[Mapping[str, object]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _one_each(sampling_params, len(forms))
+        requests = [self._request(i, form, p) for i, (form, p) in enumerate(zip(forms, params, strict=True))]
+        outputs = self._run(requests, use_tqdm)
+        return [
+            RequestOutput(prompt_token_ids=request.token_ids.tolist(), outputs=[self._completion(output)])
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def _request(self, index: int, form: Mapping[str, object], params: SamplingParams) -> Request:
+        try:
+            return self._intake.request(**form, sampling=params, row=index, request_id=str(index))  # pyright: ignore[reportArgumentType]
+        except PromptError as error:
+            raise ValueError(f"prompt {index}: {error.reason}") from error
+
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[SequenceOutput]:
+        engine = self._engine
+        for recorder in engine.recorders:
+            recorder.on_start(len(requests), sum(len(r.token_ids) for r in requests), None)
+        finished: dict[int, SequenceOutput] = {}
+        try:
+            for request in requests:
+                self._intake.add(request)
+            with tqdm(total=len(requests), desc="Generating", unit="row", disable=not use_tqdm) as bar:
+                while engine.has_work():
+                    for output in engine.step():
+                        finished[output.row] = output
+                        bar.update()
+        except BaseException:
+            engine.abort_all()
+            raise
+        for recorder in engine.recorders:
+            recorder.on_end()
+        return [finished[row] for row in range(len(requests))]
+
+    def _completion(self, output: SequenceOutput) -> CompletionOutput:
+        return CompletionOutput(
+            index=output.sample,
+            text=self._intake.text(output),
+            token_ids=output.token_ids,
+            finish_reason=output.finish_reason,
+        )
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
+    return list(params)
+
+
+def _config(model: str, settings: Mapping[str, object]) -> LLMConfig:
+    groups: dict[str, dict[str, object]] = {"model": {"path": model}, "parallel": {}, "kv": {}, "engine": {}, "": {}}
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise TypeError(f"LLM() got an unknown setting {name!r}; known ones: {', '.join(sorted(SETTINGS))}")
+        group, key = SETTINGS[name]
+        if key in groups[group]:
+            raise TypeError(f"LLM() got {name!r} and another name for the same setting")
+        groups[group][key] = value
+    return LLMConfig(
+        model=ModelConfig(**groups["model"]),  # pyright: ignore[reportArgumentType]
+        parallel=ParallelConfig(**groups["parallel"]),  # pyright: ignore[reportArgumentType]
+        kv=KVConfig(**groups["kv"]),  # pyright: ignore[reportArgumentType]
+        engine=EngineConfig(**groups["engine"]),  # pyright: ignore[reportArgumentType]
+        **groups[""],  # pyright: ignore[reportArgumentType]
+    )

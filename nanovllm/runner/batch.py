@@ -1,0 +1,96 @@
+"""From a plan to flat arrays: slot arithmetic, positions, block tables. Pure numpy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.engine.plan import Plan
+
+
+class BlockTables:
+    """The block table of every slot, kept up to date from the plans' new entries."""
+
+    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+        self._tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+
+    def update(self, plan: Plan) -> None:
+        """Apply a plan's new entries; must be called once for each plan, in order."""
+        self._tables[plan.table_slots, plan.table_columns] = plan.table_blocks
+
+    def rows(self, slots: np.ndarray, width: int) -> np.ndarray:
+        """int32 [slots, width]"""
+        return self._tables[slots, :width]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """A plan's tokens one after the other, decodes first, then padding up to a multiple."""
+
+    num_tokens: int
+    """Without padding."""
+    input_ids: np.ndarray
+    """int64 [padded tokens]; 0 for decode rows, whose token is on the device, and for padding."""
+    positions: np.ndarray
+    """int64 [padded tokens]"""
+    slot_mapping: np.ndarray
+    """int64 [padded tokens]; block * block size + offset, -1 for padding."""
+    context_lens: np.ndarray
+    """int32 [rows]; tokens whose KV is there after the step."""
+    block_tables: np.ndarray
+    """int32 [rows, widest]"""
+    logits_index: np.ndarray
+    """int64 [padded rows that sample]; where a sampling row's last token stands; padding repeats the first."""
+    num_sampled: int
+    sample_slots: np.ndarray
+    """int32 [rows that sample]"""
+    sample_positions: np.ndarray
+    """int64 [rows that sample]; place in its sequence of the token that is sampled."""
+
+
+def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> PackedBatch:
+    """Arrays for one step; packed tokens and sampled rows are padded to a multiple of `multiple`."""
+    ends = plan.starts + plan.num_tokens
+    counts = plan.num_tokens.astype(np.int64)
+    num_tokens = int(counts.sum())
+    padded = _round_up(num_tokens, multiple)
+    last = np.cumsum(counts) - 1
+    row_of_token = np.arange(plan.num_rows)
+    positions = np.zeros(padded, np.int64)
+    if plan.num_decodes == plan.num_rows:
+        positions[:num_tokens] = plan.starts
+    else:
+        row_of_token = np.repeat(row_of_token, counts)
+        positions[:num_tokens] = np.arange(num_tokens) + (plan.starts + counts - last - 1)[row_of_token]
+
+    input_ids = np.zeros(padded, np.int64)
+    input_ids[plan.num_decodes : num_tokens] = plan.prefill_token_ids
+
+    block_tables = tables.rows(plan.slots, -(-int(ends.max()) // block_size))
+    slot_mapping = np.full(padded, -1, np.int64)
+    slot_mapping[:num_tokens] = kv_slots(block_tables, row_of_token, positions[:num_tokens], block_size)
+
+    sampling = np.flatnonzero(plan.samples)
+    logits_index = np.zeros(_round_up(len(sampling), multiple), np.int64)
+    logits_index[: len(sampling)] = last[sampling]
+    return PackedBatch(
+        num_tokens=num_tokens,
+        input_ids=input_ids,
+        positions=positions,
+        slot_mapping=slot_mapping,
+        context_lens=ends,
+        block_tables=block_tables,
+        logits_index=logits_index,
+        num_sampled=len(sampling),
+        sample_slots=plan.slots[sampling],
+        sample_positions=ends[sampling].astype(np.int64),
+    )
+
+
+def kv_slots(block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
+    """int64 [tokens]: where the token at `positions` of table row `rows` keeps its KV."""
+    blocks = block_tables[rows, positions // block_size].astype(np.int64)
+    return blocks * block_size + positions % block_size
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

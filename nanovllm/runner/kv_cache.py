@@ -1,0 +1,47 @@
+"""How large the KV cache can be, and its memory."""
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import KVConfig
+from nanovllm.models.model_config import Qwen3Config
+
+CPU_CACHE_BYTES = 512 * 2**20
+"""What the cache takes on a CPU when kv.num_blocks is not set."""
+
+
+def block_bytes(config: Qwen3Config, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return per_token * block_size
+
+
+def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int | None) -> int:
+    """Blocks that fit; `available_bytes` is the device's free memory, None on a CPU.
+
+    Raises ValueError where not one block fits, or kv.num_blocks asks for more than there is.
+    """
+    if available_bytes is None:
+        return kv.num_blocks or max(1, CPU_CACHE_BYTES // bytes_per_block)
+    fitting = int(available_bytes * kv.memory_fraction) // bytes_per_block
+    if kv.num_blocks is not None:
+        if kv.num_blocks * bytes_per_block > available_bytes:
+            raise ValueError(
+                f"kv.num_blocks={kv.num_blocks}: {kv.num_blocks * bytes_per_block / 1e9:.2f} GB, but only "
+                f"{available_bytes / 1e9:.2f} GB are free beside weights and activations; at most "
+                f"{available_bytes // bytes_per_block} blocks fit"
+            )
+        return kv.num_blocks
+    if fitting < 1:
+        raise ValueError(
+            f"kv.memory_fraction={kv.memory_fraction} of the {max(0, available_bytes) / 1e9:.2f} GB that are free "
+            f"beside weights and activations holds no KV block of {bytes_per_block / 1e6:.2f} MB; free device memory, "
+            "or lower engine.max_num_batched_tokens or kv.block_size"
+        )
+    return fitting
+
+
+def allocate(config: Qwen3Config, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised [layers, 2, blocks, block size, KV heads, head size]."""
+    shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+    return torch.empty(shape, dtype=dtype, device=device)
