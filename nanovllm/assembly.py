@@ -44,7 +44,10 @@ class Assembly:
     kv_bytes: int
     device: str
     """The device's own name."""
-    dtype: str
+
+    def facts(self) -> dict[str, object]:
+        """The settings with every automatic choice made, for a manifest."""
+        return {**self.settings, "num_kv_blocks": self.num_kv_blocks, "kv_bytes": self.kv_bytes}
 
 
 def assemble(
@@ -127,7 +130,6 @@ def assemble(
         num_kv_blocks=num_blocks,
         kv_bytes=num_blocks * bytes_per_block,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        dtype=_dtype_name(dtype),
     )
 
 

@@ -78,11 +78,13 @@ class Tokenizer:
 
         The template writes the special tokens, so none is added (one BOS, not two). `template_arguments` reach
         the template (`enable_thinking=False`) or transformers (`tools=...`). Raises PromptError: code
-        `no_chat_template`, or `chat_template` with what the template complains of. A template is a stranger's
-        program; it runs in Jinja's sandbox.
+        `no_chat_template`; `invalid_messages` for anything but a non-empty list of objects; or `chat_template`
+        with what the template complains of. A template is a stranger's program; it runs in Jinja's sandbox.
         """
         if not self.has_chat_template:
             raise PromptError("no_chat_template", "the model has no chat template; give a prompt instead of messages")
+        if not isinstance(messages, list | tuple) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise PromptError("invalid_messages", "messages must be a non-empty list of objects with role and content")
         arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": True, "return_dict": False}
         try:
             return list(self._backed.apply_chat_template(messages, **arguments))

@@ -344,7 +344,8 @@ def test_a_template_that_fails_or_breaks_out_is_a_prompt_error(tmp_path, name):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("messages", [[], [3], "text", [{"role": "user"}, None]])
+@pytest.mark.parametrize("messages", [[], [3], "text", {}, [{"role": "user"}, None], [MESSAGES]])
 def test_messages_that_are_none_are_a_prompt_error(tokenizer, messages):
-    with pytest.raises(PromptError):
+    with pytest.raises(PromptError) as caught:
         tokenizer.apply_chat_template(messages)
+    assert caught.value.code == "invalid_messages"

@@ -1,0 +1,212 @@
+"""How far the job is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+MODES = ("auto", "on", "off")
+LINE_INTERVAL_S = 30.0
+"""Between two lines where there is no terminal."""
+RATE_WINDOW_S = 30.0
+"""The rates shown are those of the latest seconds, as many as these."""
+
+
+class Progress:
+    """Rows done, output tokens a second, time left and failures, on standard error.
+
+    `auto` draws a bar on a terminal and elsewhere writes one line every 30 s, `on` draws the bar wherever it goes,
+    `off` writes nothing. Both end with a last state when closed.
+
+    Log lines that go to the same terminal must be written to `log_stream`, which takes the bar away and puts it back;
+    without a bar it hands everything on.
+
+    A terminal that has gone away ends the display, never the job. `update` is cheap enough to be called after each
+    step: it draws at most ten times a second. Log lines may come from any thread, updates from one.
+    """
+
+    def __init__(
+        self,
+        mode: str = "auto",
+        total_rows: int | None = None,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"progress={mode}: must be one of {', '.join(MODES)}")
+        stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._rates = _Rates(clock())
+        self._display = _display(mode, total_rows, stream, clock())
+        self.log_stream = LogStream(stream, self._display if isinstance(self._display, _Bar) else None)
+        """For the handler of the text log: logging.StreamHandler(progress.log_stream)."""
+
+    def update(self, rows_done: int, output_tokens: int, failures: int) -> None:
+        """The state now, counted from the start of the job; rows done are answered and failed ones."""
+        self._rates.add(self._clock(), rows_done, output_tokens)
+        self._show(self._display.show, rows_done, output_tokens, failures)
+
+    def close(self) -> None:
+        """Shows the last state and leaves it there. A second call does nothing."""
+        self._show(self._display.close)
+        self._display = _Silence()
+
+    def _show(self, action: Callable[..., None], *counts: int) -> None:
+        try:
+            action(self._rates, *counts)
+        except (OSError, ValueError):  # a closed file is a ValueError
+            self._display = _Silence()
+            self.log_stream.detach()
+
+
+class LogStream:
+    """Text lines beside a progress bar, or plainly to `stream` without one."""
+
+    def __init__(self, stream: TextIO, bar: "_Bar | None") -> None:
+        self._stream = stream
+        self._bar = bar
+
+    def write(self, text: str) -> int:
+        if self._bar is None:
+            return self._stream.write(text)
+        with self._bar.away():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def detach(self) -> None:
+        """Knows of no bar any more."""
+        self._bar = None
+
+
+class _Rates:
+    """Rows and output tokens a second over the latest RATE_WINDOW_S."""
+
+    def __init__(self, start_s: float) -> None:
+        self.start_s = start_s
+        self.now_s = start_s
+        self._marks: deque[tuple[float, int, int]] = deque([(start_s, 0, 0)])
+
+    def add(self, now_s: float, rows: int, tokens: int) -> None:
+        self.now_s = now_s
+        marks = self._marks
+        if len(marks) > 1 and now_s - marks[-2][0] < 1.0:
+            marks.pop()
+        marks.append((now_s, rows, tokens))
+        while len(marks) > 2 and now_s - marks[1][0] >= RATE_WINDOW_S:
+            marks.popleft()
+
+    def rows_per_s(self) -> float:
+        return self._per_s(1)
+
+    def tokens_per_s(self) -> float:
+        return self._per_s(2)
+
+    def _per_s(self, count: int) -> float:
+        first, last = self._marks[0], self._marks[-1]
+        elapsed_s = last[0] - first[0]
+        return (last[count] - first[count]) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+class _Silence:
+    def show(self, rates: _Rates, rows_done: int, output_tokens: int, failures: int) -> None: ...
+
+    def close(self, rates: _Rates) -> None: ...
+
+
+class _Lines:
+    """A line every LINE_INTERVAL_S, written in one piece, and one at the end."""
+
+    def __init__(self, stream: TextIO, total_rows: int | None, start_s: float) -> None:
+        self._stream = stream
+        self._total_rows = total_rows
+        self._shown_s = start_s
+        self._counts = (0, 0, 0)
+
+    def show(self, rates: _Rates, rows_done: int, output_tokens: int, failures: int) -> None:
+        self._counts = (rows_done, output_tokens, failures)
+        if rates.now_s - self._shown_s < LINE_INTERVAL_S:
+            return
+        self._shown_s = rates.now_s
+        parts = [self._rows(rows_done), _tokens_per_s(rates)]
+        if self._total_rows is not None and rates.rows_per_s() > 0:
+            left_s = max(self._total_rows - rows_done, 0) / rates.rows_per_s()
+            parts.append(f"about {tqdm.format_interval(left_s)} left")
+        self._write(parts, failures)
+
+    def close(self, rates: _Rates) -> None:
+        rows_done, output_tokens, failures = self._counts
+        elapsed = tqdm.format_interval(rates.now_s - rates.start_s)
+        self._write([self._rows(rows_done), f"{output_tokens} output tokens in {elapsed}"], failures)
+
+    def _rows(self, rows_done: int) -> str:
+        return f"{rows_done} rows" if self._total_rows is None else f"{rows_done}/{self._total_rows} rows"
+
+    def _write(self, parts: list[str], failures: int) -> None:
+        self._stream.write(f"progress: {', '.join([*parts, *_failed(failures)])}\n")
+        self._stream.flush()
+
+
+class _TerminalBar(tqdm):
+    """tqdm without its thread and without its lock between processes: nothing else draws here."""
+
+    monitor_interval = 0
+
+
+_TerminalBar.set_lock(threading.RLock())
+
+
+class _Bar:
+    """A tqdm bar."""
+
+    def __init__(self, stream: TextIO, total_rows: int | None) -> None:
+        counts = "{n_fmt} rows" if total_rows is None else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows"
+        left = "" if total_rows is None else "<{remaining}"
+        self._bar = _TerminalBar(
+            total=total_rows,
+            file=stream,
+            dynamic_ncols=True,
+            miniters=0,
+            bar_format=f"{counts} [{{elapsed}}{left}{{postfix}}]",
+        )
+
+    def show(self, rates: _Rates, rows_done: int, output_tokens: int, failures: int) -> None:
+        self._bar.set_postfix_str(", ".join([_tokens_per_s(rates), *_failed(failures)]), refresh=False)
+        self._bar.update(rows_done - self._bar.n)
+
+    def close(self, rates: _Rates) -> None:
+        self._bar.close()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Nothing of the bar is on the screen meanwhile, and no other thread draws."""
+        with self._bar.get_lock():
+            if self._bar.disable:  # closed: its last state stays where it is
+                yield
+                return
+            self._bar.clear(nolock=True)
+            yield
+            self._bar.refresh(nolock=True)
+
+
+def _display(mode: str, total_rows: int | None, stream: TextIO | None, start_s: float) -> _Silence | _Lines | _Bar:
+    if mode == "off" or stream is None:  # a process without standard error has no sys.stderr
+        return _Silence()
+    if mode == "on" or stream.isatty():
+        return _Bar(stream, total_rows)
+    return _Lines(stream, total_rows, start_s)
+
+
+def _tokens_per_s(rates: _Rates) -> str:
+    return f"{rates.tokens_per_s():.0f} output tok/s"
+
+
+def _failed(failures: int) -> list[str]:
+    return [f"{failures} failed"] if failures else []

@@ -1,0 +1,40 @@
+"""What a run says of itself on the terminal when it is done."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.figures import Figures
+from jobs.scoring import score
+
+
+def summary(
+    directory: Path, counts: Mapping[str, int], figures: Figures, generations: Path, answers: Path | None
+) -> str:
+    """A few aligned lines; `answers` is the input file when its rows carry the right answers."""
+    lines = [
+        ("run directory", os.path.relpath(directory)),
+        ("rows", f"{counts['answered']:,} answered, {counts['failed']:,} failed"),
+        *figures.lines(),
+    ]
+    if answers is not None:
+        lines.append(("score", _score_line(answers, generations, counts["rows"])))
+    return "\n".join(f"{name:14s} {value}" for name, value in lines)
+
+
+def _score_line(answers: Path, generations: Path, num_rows: int) -> str:
+    prompts = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()][:num_rows]
+    result = score(prompts, _records(generations))
+    return f"answered {result.num_correct} of {result.num_total} correctly"
+
+
+def _records(generations: Path) -> Iterator[Mapping[str, Any]]:
+    if generations.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(generations, columns=["row", "sample", "text"]).to_pylist()
+        return
+    with open(generations, encoding="utf-8") as file:
+        yield from map(json.loads, file)

@@ -1,0 +1,259 @@
+"""Blocks: who may take which, what stays reusable, and in which order it is given up."""
+
+import numpy as np
+import pytest
+
+from nanovllm.engine.block_manager import ROOT, BlockManager
+from nanovllm.events import ALLOCATE, COMMIT, EVICT, FINISHED, FREE, HIT, PREEMPTED, RELEASE, BlockEvent
+from tests.engine.ledger_check import chained_hash
+
+SIZE = 2
+
+
+def prompt(*token_ids: int) -> np.ndarray:
+    return np.array(token_ids, np.int32)
+
+
+def find(blocks: BlockManager, token_ids: np.ndarray) -> list[int]:
+    hashes: list[int] = []
+    blocks.extend_hashes(hashes, token_ids, len(token_ids) // blocks.block_size)
+    return blocks.find_prefix(token_ids, hashes)
+
+
+def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
+    """Take blocks for whole blocks of tokens and publish them all."""
+    size = blocks.block_size
+    hashes: list[int] = []
+    blocks.extend_hashes(hashes, token_ids, len(token_ids) // size)
+    table = blocks.allocate(seq_id, len(hashes))
+    parent: int | None = ROOT
+    for i, block in enumerate(table):
+        if parent is not None:
+            content = token_ids[i * size : (i + 1) * size].tobytes()
+            parent = blocks.publish(seq_id, block, parent, hashes[i], content)
+    return table
+
+
+def evicted(blocks: BlockManager) -> list[int]:
+    return [event.block_id for event in blocks.events if event.event == EVICT]
+
+
+def test_every_block_is_handed_out_once_and_comes_back() -> None:
+    blocks = BlockManager(4, SIZE)
+
+    table = blocks.allocate(1, 3) + blocks.allocate(2, 1)
+
+    assert sorted(table) == [0, 1, 2, 3]
+    assert (blocks.num_free, blocks.num_used) == (0, 4)
+    assert blocks.free(1, table[:3], FINISHED) == 3
+    assert (blocks.num_free, blocks.num_used) == (3, 1)
+    blocks.check_integrity([table[3:]])
+
+
+@pytest.mark.xfail(raises=KeyError, strict=True, reason="exhaustion is a bare KeyError, after taking what there was")
+def test_asking_for_more_than_is_free_takes_nothing_and_says_how_much_there_is() -> None:
+    """Never reached unless the scheduler has miscounted, so it must be fatal, named, and easy to look into."""
+    blocks = BlockManager(2, SIZE)
+
+    with pytest.raises(AssertionError, match=r"3.*2"):
+        blocks.allocate(1, 3)
+    blocks.check_integrity([])
+
+
+def test_a_published_prefix_is_found_again_as_far_as_it_goes() -> None:
+    blocks = BlockManager(8, SIZE)
+    table = fill(blocks, 1, prompt(1, 2, 3, 4, 5, 6))
+
+    assert find(blocks, prompt(1, 2, 3, 4, 5, 6, 7, 8)) == table
+    assert find(blocks, prompt(1, 2, 3, 4, 9, 9)) == table[:2]
+    assert find(blocks, prompt(1, 2, 3)) == table[:1], "half a block is no hit"
+    assert find(blocks, prompt(3, 4, 5, 6)) == [], "the same tokens behind another beginning are no hit"
+
+
+def test_finding_takes_nothing() -> None:
+    blocks = BlockManager(8, SIZE)
+    table = fill(blocks, 1, prompt(1, 2))
+
+    find(blocks, prompt(1, 2))
+
+    blocks.check_integrity([table])
+
+
+def test_a_hit_shares_a_used_block_and_revives_a_cached_one() -> None:
+    blocks = BlockManager(4, SIZE)
+    table = fill(blocks, 1, prompt(1, 2))
+
+    blocks.hit(2, table)
+    blocks.check_integrity([table, table])
+    assert blocks.num_used == 1
+    assert blocks.free(1, table, FINISHED) == 0, "another user is left"
+    assert blocks.free(2, table, FINISHED) == 1
+    assert blocks.num_cached == 1
+    assert blocks.num_unused(table) == 1
+
+    blocks.hit(3, table)
+    assert (blocks.num_cached, blocks.num_used, blocks.num_unused(table)) == (0, 1, 0)
+    blocks.check_integrity([table])
+
+
+def test_empty_blocks_are_taken_before_cached_ones() -> None:
+    blocks = BlockManager(3, SIZE)
+    cached = fill(blocks, 1, prompt(1, 2))
+    blocks.free(1, cached, FINISHED)
+
+    table = blocks.allocate(2, 2)
+
+    assert not set(table) & set(cached)
+    assert find(blocks, prompt(1, 2)) == cached
+
+
+def test_the_prefix_used_longest_ago_is_evicted_first() -> None:
+    blocks = BlockManager(3, SIZE)
+    a, b, c = (fill(blocks, i, prompt(i, i))[0] for i in (1, 2, 3))
+    for seq_id, block in ((2, b), (1, a), (3, c)):
+        blocks.free(seq_id, [block], FINISHED)
+    blocks.hit(4, [b])
+    blocks.free(4, [b], FINISHED)
+
+    blocks.allocate(5, 3)
+
+    assert evicted(blocks) == [a, c, b]
+
+
+def test_a_prefix_is_evicted_from_its_end() -> None:
+    """Otherwise its later blocks would be kept though nobody could reach them."""
+    blocks = BlockManager(3, SIZE)
+    table = fill(blocks, 1, prompt(1, 2, 3, 4, 5, 6))
+    blocks.free(1, table, FINISHED)
+
+    blocks.allocate(2, 1)
+    assert find(blocks, prompt(1, 2, 3, 4, 5, 6)) == table[:2]
+    blocks.allocate(2, 1)
+    assert find(blocks, prompt(1, 2, 3, 4, 5, 6)) == table[:1]
+
+
+def test_an_evicted_prefix_is_not_found() -> None:
+    blocks = BlockManager(1, SIZE)
+    blocks.free(1, fill(blocks, 1, prompt(1, 2)), FINISHED)
+
+    table = fill(blocks, 2, prompt(3, 4))
+
+    assert find(blocks, prompt(1, 2)) == []
+    assert find(blocks, prompt(3, 4)) == table
+    blocks.check_integrity([table])
+
+
+def test_of_two_equal_blocks_the_first_stays_in_the_index() -> None:
+    """As when identical prompts are computed in one step."""
+    blocks = BlockManager(4, SIZE)
+    first = fill(blocks, 1, prompt(1, 2, 3, 4))
+    second = fill(blocks, 2, prompt(1, 2, 3, 4))
+
+    assert find(blocks, prompt(1, 2, 3, 4)) == first
+    assert [e.seq_id for e in blocks.events if e.event == COMMIT] == [1, 1]
+    blocks.free(2, second, FINISHED)
+    assert (blocks.num_cached, blocks.num_free) == (0, 2), "a duplicate is worth nothing when it is free"
+
+
+def test_two_contents_with_one_hash_are_told_apart() -> None:
+    blocks = BlockManager(4, SIZE)
+    one, other = prompt(1, 2).tobytes(), prompt(3, 4).tobytes()
+    a, b = blocks.allocate(1, 2)
+    assert blocks.publish(1, a, ROOT, 5, one) is not None
+
+    assert blocks.publish(1, b, ROOT, 5, other) is None, "the chain ends where hashes collide"
+    assert blocks.find_prefix(prompt(1, 2), [5]) == [a]
+    assert blocks.find_prefix(prompt(3, 4), [5]) == []
+    blocks.check_integrity([[a, b]])
+
+
+def test_equal_tokens_and_hash_behind_another_parent_are_no_hit() -> None:
+    blocks = BlockManager(4, SIZE)
+    a, b, c = blocks.allocate(1, 3)
+    first = blocks.publish(1, a, ROOT, 5, prompt(1, 2).tobytes())
+    assert first is not None
+    blocks.publish(1, b, first, 6, prompt(9, 9).tobytes())
+    blocks.publish(1, c, ROOT, 7, prompt(3, 4).tobytes())
+
+    assert blocks.find_prefix(prompt(1, 2, 9, 9), [5, 6]) == [a, b]
+    assert blocks.find_prefix(prompt(3, 4, 9, 9), [7, 6]) == [c]
+
+
+def test_what_followed_an_evicted_block_does_not_follow_the_next_content_of_that_block() -> None:
+    """Content numbers are never given out again, even though block ids are."""
+    blocks = BlockManager(2, SIZE)
+    parent, child = blocks.allocate(1, 2)
+    content = blocks.publish(1, parent, ROOT, 5, prompt(1, 2).tobytes())
+    assert content is not None
+    blocks.publish(1, child, content, 6, prompt(9, 9).tobytes())
+    blocks.free(1, [parent], FINISHED)
+
+    assert blocks.allocate(2, 1) == [parent]
+    blocks.publish(2, parent, ROOT, 7, prompt(3, 4).tobytes())
+
+    assert blocks.find_prefix(prompt(3, 4, 9, 9), [7, 6]) == [parent]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_a_hash_covers_the_whole_prefix(block_size: int) -> None:
+    blocks = BlockManager(4, block_size)
+    token_ids = np.arange(3 * block_size, dtype=np.int32)
+    hashes: list[int] = []
+
+    blocks.extend_hashes(hashes, token_ids, 1)
+    blocks.extend_hashes(hashes, token_ids, 3)
+
+    assert hashes == [chained_hash(list(range(n * block_size)), block_size) for n in (1, 2, 3)]
+
+
+def test_nothing_is_found_with_prefix_caching_off() -> None:
+    blocks = BlockManager(4, SIZE, prefix_caching=False)
+    fill(blocks, 1, prompt(1, 2))
+
+    assert find(blocks, prompt(1, 2)) == []
+
+
+def test_events_tell_what_happened_with_the_state_after_it() -> None:
+    blocks = BlockManager(2, SIZE)
+    (block,) = fill(blocks, 1, prompt(1, 2))
+    blocks.hit(2, [block])
+    blocks.free(1, [block], PREEMPTED)
+    blocks.free(2, [block], FINISHED)
+    blocks.allocate(3, 2)
+    digest = chained_hash([1, 2], SIZE)
+
+    assert blocks.events == [
+        BlockEvent(ALLOCATE, 0, 1, None, 1, None, 1),
+        BlockEvent(COMMIT, 0, 1, None, 1, digest, 1),
+        BlockEvent(HIT, 0, 2, None, 2, digest, 1),
+        BlockEvent(RELEASE, 0, 1, PREEMPTED, 1, digest, 1),
+        BlockEvent(FREE, 0, 2, FINISHED, 0, digest, 2),
+        BlockEvent(ALLOCATE, 1, 3, None, 1, None, 1),
+        BlockEvent(EVICT, 0, 3, None, 0, digest, 1),
+        BlockEvent(ALLOCATE, 0, 3, None, 1, None, 0),
+    ]
+
+
+@pytest.mark.parametrize("again", [[0], [0, 0]], ids=["later", "twice at once"])
+def test_freeing_a_block_twice_is_an_error(again: list[int]) -> None:
+    blocks = BlockManager(2, SIZE)
+    table = blocks.allocate(1, 1)
+    assert table == [0]
+    if len(again) == 1:
+        blocks.free(1, table, FINISHED)
+
+    with pytest.raises(AssertionError, match="block 0 freed more often"):
+        blocks.free(1, again, FINISHED)
+
+
+@pytest.mark.parametrize(
+    ("tables", "complaint"),
+    [([], "live tables give"), ([[0], [0]], "live tables give"), ([[0, 0]], "twice in one table")],
+    ids=["leaked", "shared unasked", "twice in a table"],
+)
+def test_the_integrity_check_sees_a_wrong_table(tables: list[list[int]], complaint: str) -> None:
+    blocks = BlockManager(2, SIZE)
+    blocks.allocate(1, 1)
+
+    with pytest.raises(AssertionError, match=complaint):
+        blocks.check_integrity(tables)
