@@ -21,7 +21,7 @@ test-all: $(VENV)/installed-tests check
 check: $(VENV)/installed-tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
 	$(VENV)/bin/lint-imports
 
 $(VENV)/installed: pyproject.toml constraints.txt

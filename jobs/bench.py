@@ -11,7 +11,10 @@ BENCHMARKS = {
 def main(words: list[str]) -> int:
     if len(words) != 1 or words[0] not in BENCHMARKS:
         known = "\n".join(f"  python -m jobs.bench {name:14s} {what}" for name, what in BENCHMARKS.items())
-        print(f"error: jobs.bench takes one benchmark's name, not {' '.join(words) or 'nothing'}:\n{known}", file=sys.stderr)
+        print(
+            f"error: jobs.bench takes one benchmark's name, not {' '.join(words) or 'nothing'}:\n{known}",
+            file=sys.stderr,
+        )
         return 2
     if words[0] == "host":
         from jobs import bench_host as benchmark

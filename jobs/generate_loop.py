@@ -56,7 +56,7 @@ class GenerateLoop:
         self._exhausted = False
 
     def run(self, stop: StopRequest) -> None:
-        """Until every row is answered or has failed. On a stop request, and on any error, running rows are given up."""
+        """Until every row is answered or has failed; on a stop request, running rows are given up."""
         for recorder in self._engine.recorders:
             recorder.on_start(None, None, self._source)
         try:
@@ -66,7 +66,7 @@ class GenerateLoop:
                 self._generations.flush()
                 self._progress.update(self.num_answered, self._num_output_tokens, self.num_failed)
                 stop.check()
-        except BaseException:
+        except (KeyboardInterrupt, TooManyFailures):
             self._engine.abort_all()
             raise
         finally:

@@ -61,25 +61,29 @@ class Progress:
         try:
             action(self._rates, *counts)
         except (OSError, ValueError):  # a closed file is a ValueError
-            self._display = _Silence()
             self.log_stream.detach()
+            self._display.abandon()
+            self._display = _Silence()
 
 
 class LogStream:
-    """Text lines beside a progress bar, or plainly to `stream` without one."""
+    """Text lines beside a progress bar, or plainly to `stream` without one; nowhere when there is no stream."""
 
-    def __init__(self, stream: TextIO, bar: "_Bar | None") -> None:
+    def __init__(self, stream: TextIO | None, bar: "_Bar | None") -> None:
         self._stream = stream
         self._bar = bar
 
     def write(self, text: str) -> int:
+        if self._stream is None:
+            return len(text)
         if self._bar is None:
             return self._stream.write(text)
         with self._bar.away():
             return self._stream.write(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        if self._stream is not None:
+            self._stream.flush()
 
     def detach(self) -> None:
         """Knows of no bar any more."""
@@ -120,6 +124,8 @@ class _Silence:
 
     def close(self, rates: _Rates) -> None: ...
 
+    def abandon(self) -> None: ...
+
 
 class _Lines:
     """A line every LINE_INTERVAL_S, written in one piece, and one at the end."""
@@ -146,6 +152,9 @@ class _Lines:
         elapsed = tqdm.format_interval(rates.now_s - rates.start_s)
         self._write([self._rows(rows_done), f"{output_tokens} output tokens in {elapsed}"], failures)
 
+    def abandon(self) -> None:
+        """There is nothing to write to any more."""
+
     def _rows(self, rows_done: int) -> str:
         return f"{rows_done} rows" if self._total_rows is None else f"{rows_done}/{self._total_rows} rows"
 
@@ -155,12 +164,10 @@ class _Lines:
 
 
 class _TerminalBar(tqdm):
-    """tqdm without its thread and without its lock between processes: nothing else draws here."""
+    """tqdm without its thread and without its lock between processes: no other process draws on this terminal."""
 
     monitor_interval = 0
-
-
-_TerminalBar.set_lock(threading.RLock())
+    _lock = threading.RLock()
 
 
 class _Bar:
@@ -183,6 +190,10 @@ class _Bar:
 
     def close(self, rates: _Rates) -> None:
         self._bar.close()
+
+    def abandon(self) -> None:
+        """There is nothing to draw on any more, not even when the bar is collected."""
+        self._bar.disable = True
 
     @contextmanager
     def away(self) -> Iterator[None]:

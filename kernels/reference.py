@@ -1,7 +1,7 @@
 """The definition of every operation in plain torch; also what runs on a CPU.
 
-Shapes: T tokens of all sequences, packed; N rows; Q query heads; K key/value heads; G = Q / K; H head size; V vocabulary;
-B sequences; W block table width; S block size.
+Shapes: T tokens of all sequences, packed; N rows; Q query heads; K key/value heads; H head size; V vocabulary; B
+sequences; W block table width; S block size.
 
 In float32 on a CPU a token's result depends on its own sequence alone, bit for bit, not on what shares its batch. That
 rests on three rules. Matrix products see at least 8 rows (below that BLAS switches to other kernels, whose sums run in
@@ -112,7 +112,10 @@ def paged_prefill_attention(
 
 
 def _attend(q: Tensor, limits: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, scale: float) -> Tensor:
-    """[B, K, R, H] queries; row r of sequence b sees its first limits[b, r] >= 1 keys. Online softmax over key chunks."""
+    """[B, K, R, H] queries, of which row r of sequence b sees its first limits[b, r] >= 1 keys.
+
+    Online softmax over the key chunks (Milakov and Gimelshein, arXiv 1805.02867).
+    """
     num_sequences, num_kv_heads, num_rows, head_size = q.shape
     block_size = k_cache.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -87,8 +87,8 @@ def _check_number(key: str, value: object, low: float, high: float, open_low: bo
     if value is None:
         return
     bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < low or value > high or (open_low and value == low):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and low <= number <= high) or (open_low and number == low):
         raise ValueError(f"{key}={value!r}: must be a number, {bound}")
 
 

@@ -70,7 +70,7 @@ def test_a_sequence_larger_than_the_cache_is_refused(checkpoint: Path) -> None:
     llm = LLM(str(checkpoint), num_gpu_blocks_override=4, block_size=16, max_num_seqs=2)
     fits = SamplingParams(temperature=0.0, max_tokens=45, ignore_eos=True)  # 20 + 45 - 1 = 64 tokens of KV
     assert len(llm.generate([[5] * 20], fits, use_tqdm=False)[0].token_ids) == 45
-    with pytest.raises(ValueError, match="prompt 0: .*need 5 KV blocks of 16 tokens for 66 tokens.*cache has 4"):
+    with pytest.raises(ValueError, match=r"prompt 0: .*need 5 KV blocks of 16 tokens for 66 tokens.*cache has 4"):
         llm.generate([[5] * 20], SamplingParams(max_tokens=46), use_tqdm=False)
 
 

@@ -97,6 +97,7 @@ class BlockManager:
 
     def allocate(self, seq_id: int, count: int) -> list[int]:
         """Take `count` blocks for `seq_id`; the caller has checked that so many are free."""
+        assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
         return [self.allocate_one(seq_id) for _ in range(count)]
 
     def allocate_one(self, seq_id: int) -> int:

@@ -10,7 +10,7 @@ from nanovllm.layers.ops import Ops
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMeta:
-    """What a step's attention needs besides q, k and v. Tokens of decode rows come first, one each; then the padding."""
+    """What a step's attention needs besides q, k and v. Tokens: one for each decode row, the prefills', padding."""
 
     kv_cache: Tensor
     """[layers, 2, blocks, block size, KV heads, head size]"""

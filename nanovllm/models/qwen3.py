@@ -2,6 +2,8 @@
 
 # Shapes: T tokens of all sequences, packed; D model; Q query heads; K key/value heads; H head.
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -52,13 +54,8 @@ class Qwen3Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(ops, c.hidden_size, c.rms_norm_eps)
         self.mlp = Qwen3MLP(ops, c)
 
-    def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, cos_sin: Tensor, meta: AttentionMeta
-    ) -> tuple[Tensor, Tensor]:
-        if residual_TD is None:
-            x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
-        else:
-            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor, cos_sin: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
+        x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
         x_TD = self.self_attn(x_TD, cos_sin, meta)
         x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
@@ -74,7 +71,8 @@ class Qwen3Model(nn.Module):
         self.rotary = rotary_table(c.head_dim, c.rope_theta, num_positions, device)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta) -> Tensor:
-        x_TD, residual_TD = self.embed_tokens(input_ids_T), None
+        x_TD = self.embed_tokens(input_ids_T)
+        residual_TD = torch.zeros_like(x_TD)
         cos_sin = self.rotary[positions_T]
         for layer in self.layers:
             x_TD, residual_TD = layer(x_TD, residual_TD, cos_sin, meta)
@@ -95,7 +93,7 @@ class Qwen3ForCausalLM(nn.Module):
         self.model = Qwen3Model(ops, c, num_positions)
         self.lm_head = Linear(ops, c.hidden_size, c.vocab_size)
         if c.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
         self.requires_grad_(False)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta) -> Tensor:

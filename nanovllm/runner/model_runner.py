@@ -32,9 +32,7 @@ class _Launched:
 class ModelRunner:
     """A Runner over one device. On a GPU, `submit` launches and returns; on a CPU the step has run when it does."""
 
-    def __init__(
-        self, model: Qwen3ForCausalLM, kv_cache: Tensor, *, max_num_seqs: int, max_model_len: int
-    ) -> None:
+    def __init__(self, model: Qwen3ForCausalLM, kv_cache: Tensor, *, max_num_seqs: int, max_model_len: int) -> None:
         """`kv_cache`: [layers, 2, blocks, block size, KV heads, head size], on the model's device."""
         self.device = kv_cache.device
         self.lookahead = 1 if self.device.type == "cuda" else 0

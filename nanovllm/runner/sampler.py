@@ -47,8 +47,15 @@ class Sampler:
                 *(self._to_device(v) for v in (self._seed[slots], self._row[slots], self._sample[slots], positions))
             )
         filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
-        settings = (self._to_device(v) for v in (temperature, top_k, top_p, min_p))
-        return reference.sample(logits, *settings, uniform, filtered)
+        return reference.sample(
+            logits,
+            self._to_device(temperature),
+            self._to_device(top_k),
+            self._to_device(top_p),
+            self._to_device(min_p),
+            uniform,
+            filtered,
+        )
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -50,7 +50,6 @@ def test_every_block_is_handed_out_once_and_comes_back() -> None:
     blocks.check_integrity([table[3:]])
 
 
-@pytest.mark.xfail(raises=KeyError, strict=True, reason="exhaustion is a bare KeyError, after taking what there was")
 def test_asking_for_more_than_is_free_takes_nothing_and_says_how_much_there_is() -> None:
     """Never reached unless the scheduler has miscounted, so it must be fatal, named, and easy to look into."""
     blocks = BlockManager(2, SIZE)

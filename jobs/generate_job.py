@@ -1,0 +1,127 @@
+"""The generate job: answers every row of an input file and records every step."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.command import EXIT_COMPLETE, EXIT_ROWS_FAILED, Command, Run
+from jobs.config import GenerateConfig, to_llm_config
+from jobs.figures import Figures
+from jobs.file_hashes import FileHashes
+from jobs.generate_loop import GenerateLoop
+from jobs.progress import Progress
+from jobs.reader import RowReader, check_input
+from jobs.recorder import ParquetRecorder
+from jobs.summary import summary
+from jobs.usage import UsageError
+from jobs.writer import FailureWriter, GenerationWriter, check_keep
+from nanovllm.errors import ModelError
+from nanovllm.events import Recorder
+from nanovllm.models.model_config import parse_config
+from nanovllm.models.source import ModelSource, check_checkpoint, resolve_model
+
+if TYPE_CHECKING:
+    from nanovllm.assembly import Assembly
+
+BUNDLED_PROMPTS = Path(__file__).parent / "data" / "tiny_prompts.jsonl"
+
+
+def input_of(config: GenerateConfig) -> str:
+    return config.input or str(BUNDLED_PROMPTS)
+
+
+def check(config: GenerateConfig) -> None:
+    """Looks at input and model as far as that goes in milliseconds and without torch."""
+    check_keep(config.writer.keep)
+    check_input(input_of(config), prompt=config.reader.prompt, system=config.reader.system, keep=config.writer.keep)
+    source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
+    check_checkpoint(source)
+    most, asked = parse_config(source.config).max_position_embeddings, config.engine.max_model_len
+    if asked is not None and asked > most:
+        raise ModelError(f"engine.max_model_len={asked}: must be at most {most}, the model's max_position_embeddings")
+
+
+def run(config: GenerateConfig, run: Run) -> int:
+    """Load, generate, finish; returns 3 when some rows have no answer."""
+    source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
+    reader = RowReader(
+        input_of(config),
+        limit=config.reader.limit,
+        prompt=config.reader.prompt,
+        system=config.reader.system,
+        keep=config.writer.keep,
+    )
+    figures = Figures()
+    with ExitStack() as stack:
+        generations = stack.enter_context(GenerationWriter(run.directory, config.writer.format, config.writer.keep))
+        failures = stack.enter_context(FailureWriter(run.directory))
+        recorders = stack.enter_context(_recorders(config, run, figures))
+        assembly = _assemble(config, run, recorders, source)
+        hashes = FileHashes(source)
+        run.manifest.record(device=assembly.device, engine=assembly.facts())
+        loop = _loop(config, assembly, reader, generations, failures)
+        with run.phase("generate"), run.stop.deferred():
+            loop.run(run.stop)
+        with run.phase("write"):
+            outputs = [generations.finish(), failures.finish()]
+        with run.phase("finish"):
+            for recorder in recorders:
+                recorder.close()
+            run.manifest.record(
+                model=hashes.facts(),
+                input=[asdict(file) for file in reader.files],
+                output=[{**asdict(file), "path": file.path.name} for file in outputs],
+                counts=loop.counts(),
+                figures=figures.facts(),
+            )
+    answers = BUNDLED_PROMPTS if config.input is None else None
+    print(summary(run.directory, loop.counts(), figures, outputs[0].path, answers), flush=True)
+    return EXIT_ROWS_FAILED if loop.num_failed else EXIT_COMPLETE
+
+
+@contextmanager
+def _recorders(config: GenerateConfig, run: Run, figures: Figures) -> Iterator[list[Recorder]]:
+    """Closed in the end, so that every event that came is on disk however the run ends."""
+    recorders: list[Recorder] = [figures]
+    if config.recorder.enabled:
+        recorders.append(ParquetRecorder(run.directory, flush_s=config.recorder.flush_s))
+    try:
+        yield recorders
+    finally:
+        for recorder in recorders:
+            recorder.close()
+
+
+def _assemble(config: GenerateConfig, run: Run, recorders: list[Recorder], source: ModelSource) -> "Assembly":
+    """The engine. What does not fit this machine is the user's to cure, like any other setting."""
+    from nanovllm.assembly import assemble  # brings torch
+
+    try:
+        return assemble(
+            to_llm_config(config), recorders=recorders, clock=run.clock.now_ns, source=source, phase=run.phase
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _loop(
+    config: GenerateConfig,
+    assembly: "Assembly",
+    reader: RowReader,
+    generations: GenerationWriter,
+    failures: FailureWriter,
+) -> GenerateLoop:
+    return GenerateLoop(
+        assembly,
+        reader,
+        generations,
+        failures,
+        Progress(config.progress, reader.count()),
+        sampling=config.sampling,
+        max_failures=config.reader.max_failures,
+    )
+
+
+COMMAND = Command(module="jobs.generate", config_name="generate", schema=GenerateConfig, check=check, run=run)

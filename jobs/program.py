@@ -1,0 +1,22 @@
+"""Starts a command as a program."""
+
+import importlib
+import sys
+
+EXIT_USAGE = 2
+
+
+def main(module: str) -> int:
+    """Launches the COMMAND of `module` and returns its exit code.
+
+    Nothing is imported before: nanovllm refuses a bad NANOVLLM_LOG_LEVEL when it is first imported, and for a program
+    that is one line on the terminal and the exit code 2, like any other setting that cannot be.
+    """
+    try:
+        importlib.import_module("nanovllm")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    from jobs.launch import launch
+
+    return launch(importlib.import_module(module).COMMAND)

@@ -1,0 +1,316 @@
+import json
+import random
+
+import pytest
+
+from jobs.rows import MAX_LINE_BYTES, MAX_TOKEN_ID, SAMPLING_KEYS, BadRow, BadRowCode, InputRow, RowParser
+from nanovllm.errors import PromptError
+from nanovllm.sampling_params import SamplingParams
+
+
+def parse(data: bytes | str | dict, **settings) -> InputRow | BadRow:
+    if isinstance(data, dict):
+        data = json.dumps(data)
+    line = data.encode() if isinstance(data, str) else data
+    return RowParser(**settings).from_line("in.jsonl", 7, 3, line)
+
+
+def good(data: bytes | str | dict, **settings) -> InputRow:
+    row = parse(data, **settings)
+    assert isinstance(row, InputRow), row
+    return row
+
+
+def bad(data: bytes | str | dict, **settings) -> BadRow:
+    row = parse(data, **settings)
+    assert isinstance(row, BadRow), row
+    return row
+
+
+def test_each_prompt_form_is_read() -> None:
+    messages = [{"role": role, "content": "hi"} for role in ("system", "user", "assistant", "tool")]
+    assert good({"prompt": "hi"}).prompt == "hi"
+    assert good({"messages": messages}).messages == messages
+    assert good({"prompt_token_ids": [0, 5, MAX_TOKEN_ID]}).prompt_token_ids == [0, 5, MAX_TOKEN_ID]
+    chat = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": messages}}
+    assert good(chat).messages == messages
+    for row in (good({"prompt": "hi"}), good({"messages": messages}), good({"prompt_token_ids": [1]}), good(chat)):
+        assert sum(form is not None for form in (row.prompt, row.messages, row.prompt_token_ids)) == 1
+
+
+def test_a_row_knows_where_it_came_from() -> None:
+    row = good({"prompt": "hi"})
+    assert (row.file, row.line, row.row, row.id, row.sampling, row.columns) == ("in.jsonl", 7, 3, 3, None, {})
+
+
+@pytest.mark.parametrize("given", ["a", "", "Ä\u2028\x00😀", 0, -1, 2**63 - 1, -(2**63)])
+def test_an_id_is_kept_as_given(given: str | int) -> None:
+    row = good({"prompt": "hi", "id": given})
+    assert row.id == given
+    assert type(row.id) is type(given)
+
+
+def test_null_counts_as_absent() -> None:
+    row = good({"id": None, "prompt": "hi", "messages": None, "sampling": None, "custom_id": None, "body": None})
+    assert (row.id, row.prompt, row.sampling) == (3, "hi", None)
+    assert good({"messages": [{"role": "user", "content": "hi", "name": None}]}).messages
+
+
+def test_the_last_of_duplicate_keys_wins() -> None:
+    assert good('{"prompt": "first", "prompt": "last"}').prompt == "last"
+
+
+def test_sampling_becomes_params() -> None:
+    row = good({"prompt": "hi", "sampling": {"temperature": 0, "stop": "x", "top_k": None, "seed": 1}})
+    assert row.sampling == SamplingParams(temperature=0, stop=["x"], seed=1)
+    row = good({"prompt": "hi", "sampling": {"stop": ["x", "y"], "stop_token_ids": [1]}})
+    assert row.sampling == SamplingParams(stop=["x", "y"], stop_token_ids=[1])
+
+
+def test_batch_body_becomes_prompt_and_sampling() -> None:
+    body = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 5, "stop": "x"}
+    row = good({"custom_id": "c-1", "id": 9, "body": body | {"n": None, "top_p": 0.5}})
+    assert row.id == "c-1"
+    assert row.sampling == SamplingParams(max_tokens=5, stop=["x"], top_p=0.5)
+    assert good({"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "hi"}}).prompt == "hi"
+    assert good({"custom_id": "c", "body": {"prompt": [1, 2]}}).prompt_token_ids == [1, 2]
+    equal = {"prompt": "hi", "max_tokens": 5, "max_completion_tokens": 5}
+    assert good({"custom_id": "c", "body": equal}).sampling == SamplingParams(max_tokens=5)
+
+
+def test_custom_id_and_body_alone_are_plain_columns() -> None:
+    assert good({"prompt": "hi", "body": "text"}, keep=["body"]).columns == {"body": "text"}
+    assert good({"prompt": "hi", "custom_id": "x"}).id == 3
+
+
+def test_kept_columns_come_in_the_order_of_keep() -> None:
+    row = good({"a": [1, {"b": 2.5}], "prompt": "hi", "z": 1}, keep=["z", "missing", "a", "prompt"])
+    assert list(row.columns.items()) == [("z", 1), ("missing", None), ("a", [1, {"b": 2.5}]), ("prompt", "hi")]
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"prompt": "hi"}
+NAN_LIKE = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000)
+BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
+    (b'{"prompt": "\xff"}', "not_utf8", "byte 13 of the line, 0xff"),
+    (b'{"prompt": "\xed\xa0\x80"}', "not_utf8", "0xed"),
+    (b"\xff\xfe{\x00", "not_utf8", "byte 1 of"),
+    ('{"prompt": "hi"', "not_json", 'the line begins "{'),
+    ('{"prompt": "hi"} x', "not_json", "trailing"),
+    ("{'prompt': 'hi'}", "not_json", "malformed"),
+    ('{"prompt": "a\tb"}', "not_json", "malformed"),
+    ('{"prompt": 01}', "not_json", "malformed"),
+    *((f'{{"prompt": "hi", "x": {number}}}', "bad_number", "") for number in NAN_LIKE),
+    *((f'{{"prompt": "hi", "sampling": {{"seed": {number}}}}}', "bad_number", "") for number in NAN_LIKE),
+    (r'{"prompt": "\ud800"}', "lone_surrogate", "half"),
+    (r'{"prompt": "a\udc00b"}', "lone_surrogate", "half"),
+    (r'{"prompt": "hi", "unused": ["\ud83d and more text"]}', "lone_surrogate", "half"),
+    (r'{"prompt": "hi", "\udc00\ud800": 1}', "lone_surrogate", "half"),
+    ('{"x":' * 100_000, "too_deep", "100 lists"),
+    ('{"prompt": "hi", "x": ' + "[" * 100 + "]" * 100 + "}", "too_deep", "100 lists"),
+    (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', "line_too_long", "16,777,216 bytes"),
+    ("[1, 2]", "not_object", "the line is a list"),
+    ('"text"', "not_object", 'the string "text"'),
+    ("5", "not_object", "the number 5"),
+    ("null", "not_object", "must be an object"),
+    ({"prompt": "hi", "id": 1.5}, "bad_id", "id is the number 1.5"),
+    ({"prompt": "hi", "id": True}, "bad_id", "id is a boolean"),
+    ({"prompt": "hi", "id": [1]}, "bad_id", "id is a list"),
+    ({"prompt": "hi", "id": 2**63}, "bad_id", "64 bits"),
+    ({"custom_id": 5, "body": COMPLETION}, "bad_id", "custom_id is the number 5"),
+    ({"text": "hi"}, "no_prompt", "none of prompt, messages, prompt_token_ids"),
+    ({}, "no_prompt", "none of"),
+    ({"prompt": None}, "no_prompt", "none of"),
+    ({"custom_id": "c"}, "no_prompt", "only custom_id"),
+    ({"body": COMPLETION}, "no_prompt", "only body"),
+    ({"prompt": "hi", "prompt_token_ids": [1]}, "several_prompts", "prompt and prompt_token_ids"),
+    ({"prompt": "hi", "custom_id": "c", "body": COMPLETION}, "several_prompts", "prompt and body"),
+    ({"prompt": 5}, "bad_prompt", "prompt is the number 5"),
+    ({"prompt": ["hi"]}, "bad_prompt", "prompt is a list"),
+    ({"prompt": False}, "bad_prompt", "prompt is a boolean"),
+    ({"prompt": ""}, "empty_prompt", "prompt is an empty string"),
+    ({"messages": []}, "empty_prompt", "messages is an empty list"),
+    ({"prompt_token_ids": []}, "empty_prompt", "prompt_token_ids is an empty list"),
+    ({"messages": "hi"}, "bad_messages", 'messages is the string "hi"'),
+    ({"messages": ["hi"]}, "bad_messages", "messages[0] is the string"),
+    ({"messages": [{"role": "user"}]}, "bad_messages", "messages[0].content is missing"),
+    ({"messages": [{"content": "hi"}]}, "bad_messages", "messages[0].role is null"),
+    (
+        {"messages": [CHAT["messages"][0], {"role": "robot", "content": ""}]},
+        "bad_messages",
+        'messages[1].role is "robot"',
+    ),
+    ({"messages": [{"role": ["user"], "content": "hi"}]}, "bad_messages", "must be one of system, user"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "bad_messages", "content is a list"),
+    ({"messages": [{"role": "user", "content": "hi", "name": "x"}]}, "bad_messages", 'key "name"'),
+    ({"prompt_token_ids": "1"}, "bad_token_ids", "must be a list of integers"),
+    ({"prompt_token_ids": [1, "2"]}, "bad_token_ids", 'prompt_token_ids[1] is "2"'),
+    ({"prompt_token_ids": [1, 2.0]}, "bad_token_ids", "prompt_token_ids[1] is 2.0"),
+    ({"prompt_token_ids": [True]}, "bad_token_ids", "is true"),
+    ({"prompt_token_ids": [None]}, "bad_token_ids", "is null"),
+    ({"prompt_token_ids": [1, -1]}, "bad_token_ids", "prompt_token_ids[1] is -1, must be an integer from 0"),
+    ({"prompt_token_ids": [2**31]}, "bad_token_ids", "2147483648"),
+    ({"prompt_token_ids": [2**63]}, "bad_token_ids", "must be an integer"),
+    ({"prompt": "hi", "sampling": [1]}, "bad_sampling", "sampling is a list"),
+    ({"prompt": "hi", "sampling": {"temprature": 1}}, "unknown_sampling_key", 'no key "temprature"; its keys are temp'),
+    ({"prompt": "hi", "sampling": {"temperature": -1}}, "bad_sampling", "sampling.temperature=-1: must be"),
+    ({"prompt": "hi", "sampling": {"temperature": "1"}}, "bad_sampling", "sampling.temperature='1'"),
+    ({"prompt": "hi", "sampling": {"temperature": 10**400}}, "bad_sampling", ""),
+    ({"prompt": "hi", "sampling": {"top_p": 0}}, "bad_sampling", "sampling.top_p=0"),
+    ({"prompt": "hi", "sampling": {"top_k": 2**31}}, "bad_sampling", "sampling.top_k=2147483648"),
+    ({"prompt": "hi", "sampling": {"max_tokens": 0}}, "bad_sampling", "sampling.max_tokens=0"),
+    ({"prompt": "hi", "sampling": {"max_tokens": 2**63}}, "bad_sampling", "sampling.max_tokens="),
+    ({"prompt": "hi", "sampling": {"stop": ""}}, "bad_sampling", "sampling.stop=''"),
+    ({"prompt": "hi", "sampling": {"stop": ["x"] * 10_000 + [1]}}, "bad_sampling", "sampling.stop=['x'"),
+    ({"prompt": "hi", "sampling": {"stop_token_ids": [-1]}}, "bad_sampling", "stop_token_ids holds -1"),
+    ({"prompt": "hi", "sampling": {"stop_token_ids": [2**31]}}, "bad_sampling", "stop_token_ids holds 2147483648"),
+    ({"prompt": "hi", "sampling": {"seed": 1.0}}, "bad_sampling", "sampling.seed=1.0"),
+    ({"custom_id": "c", "method": "GET", "body": CHAT}, "bad_batch_line", 'method is "GET"'),
+    ({"custom_id": "c", "url": "/v1/embeddings", "body": CHAT}, "bad_batch_line", "/v1/embeddings"),
+    ({"custom_id": "c", "url": ["/v1"], "body": CHAT}, "bad_batch_line", "url is ['/v1']"),
+    ({"custom_id": "c", "body": "hi"}, "bad_batch_line", "body is the string"),
+    ({"custom_id": "c", "body": {}}, "bad_batch_line", "neither messages nor prompt"),
+    ({"custom_id": "c", "body": CHAT | COMPLETION}, "bad_batch_line", "messages and prompt"),
+    ({"custom_id": "c", "url": "/v1/completions", "body": CHAT}, "bad_batch_line", "it must have prompt, which /v1/"),
+    ({"custom_id": "c", "body": CHAT, "sampling": {}}, "bad_batch_line", "sampling stands beside body"),
+    ({"custom_id": "c", "body": CHAT | {"max_tokens": 1, "max_completion_tokens": 2}}, "bad_batch_line", "differ"),
+    ({"custom_id": "c", "body": CHAT | {"n": 2}}, "unsupported_key", 'body has key "n"; supported are'),
+    ({"custom_id": "c", "body": CHAT | {"tools": []}}, "unsupported_key", '"tools"'),
+    ({"custom_id": "c", "body": CHAT | {"top_p": 2}}, "bad_sampling", "sampling.top_p=2"),
+    ({"custom_id": "c", "body": {"prompt": ["a", "b"]}}, "bad_token_ids", 'is "a"'),
+    ({"custom_id": "c", "body": {"prompt": ""}}, "empty_prompt", "empty string"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "fragment"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_a_bad_row_says_what_is_wrong(line: bytes | str | dict, code: str, fragment: str) -> None:
+    row = bad(line)
+    assert row.code == code, row
+    assert fragment in row.reason, row
+    assert len(row.reason) <= 400
+    assert (row.file, row.line, row.row) == ("in.jsonl", 7, 3)
+    json.dumps(row.reason, ensure_ascii=False).encode("utf-8")
+
+
+def test_every_code_that_a_line_can_have_is_in_the_table() -> None:
+    other_settings = {BadRowCode.BAD_COLUMN, BadRowCode.SYSTEM_NEEDS_MESSAGES}
+    parquet_only = {BadRowCode.BAD_VALUE}
+    assert {code for _, code, _ in BAD_ROWS} == set(BadRowCode) - other_settings - parquet_only
+
+
+def test_a_line_of_the_greatest_length_and_depth_is_good() -> None:
+    assert good('{"prompt": "hi", "x": ' + "[" * 99 + "]" * 99 + "}")
+    assert good({"messages": [{"role": "user", "content": "{[" * 200}] * 200}, keep=[])
+    head, tail = b'{"prompt": "', b'"}'
+    assert good(head + b"x" * (MAX_LINE_BYTES - len(head) - len(tail)) + tail)
+
+
+def test_a_bad_row_carries_its_id_where_that_could_be_read() -> None:
+    assert bad({"id": "a", "prompt": ""}).id == "a"
+    assert bad({"prompt": ""}).id == 3
+    assert bad({"custom_id": "c", "body": {}}).id == "c"
+    assert bad({"id": 1.5, "prompt": "hi"}).id is None
+    assert bad("{").id is None
+
+
+def test_a_row_that_the_engine_refuses_becomes_a_bad_row() -> None:
+    row = good({"id": "a", "prompt": "hi"}).failed(PromptError("too_long", "4,097 tokens"))
+    assert row == BadRow(file="in.jsonl", line=7, row=3, id="a", code="too_long", reason="4,097 tokens")
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("text", "Hello"),
+        ("{text}", "Hello"),
+        ("Translate: {text}", "Translate: Hello"),
+        ("{{{text}}} {n} {x} {text}.", "{Hello} 3 0.5 Hello."),
+        ("{ä b}", "ü"),
+    ],
+)
+def test_a_prompt_is_made_from_columns(template: str, prompt: str) -> None:
+    record = {"text": "Hello", "n": 3, "x": 0.5, "ä b": "ü", "prompt": "ignored", "messages": "a column like others"}
+    row = good(record | {"id": "a", "sampling": {"seed": 1}}, prompt=template)
+    assert (row.prompt, row.messages, row.id, row.sampling) == (prompt, None, "a", SamplingParams(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "fragment"),
+    [
+        ({}, "bad_column", 'column "text", which the row does not have'),
+        ({"text": None}, "bad_column", "does not have"),
+        ({"text": True}, "bad_column", "is a boolean; reader.prompt needs a string or a number"),
+        ({"text": ["x"]}, "bad_column", "is a list"),
+        ({"text": ""}, "empty_prompt", "empty string"),
+    ],
+)
+def test_a_prompt_cannot_be_made_from_every_column(value: dict, code: str, fragment: str) -> None:
+    row = bad(value, prompt="{text}")
+    assert row.code == code
+    assert fragment in row.reason
+
+
+def test_a_nan_in_a_column_makes_no_prompt() -> None:
+    row = RowParser(prompt="x").from_record("in.parquet", 1, 0, {"x": float("nan")})
+    assert isinstance(row, BadRow)
+    assert row.code == "bad_number"
+
+
+@pytest.mark.parametrize(
+    "template", ["", "{", "}", "a {", "{}", "{0.x}", "{a.b}", "{a[0]}", "{a!r}", "{a:>5}", "{{a}}", "{a:{b}}", "\udcff"]
+)
+def test_what_is_no_template_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match=r"reader\.prompt="):
+        RowParser(prompt=template)
+
+
+def test_a_system_message_is_put_in_front_unless_there_is_one() -> None:
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "own"}
+    assert good({"messages": [user]}, system="Be brief.").messages == [{"role": "system", "content": "Be brief."}, user]
+    assert good({"messages": [system, user]}, system="Be brief.").messages == [system, user]
+    batch = good({"custom_id": "c", "body": {"messages": [user]}}, system="Be brief.").messages
+    assert batch == [{"role": "system", "content": "Be brief."}, user]
+
+
+def test_a_system_message_for_a_plain_prompt_is_a_bad_row_and_with_a_template_an_error() -> None:
+    for record in ({"prompt": "hi"}, {"prompt_token_ids": [1]}, {"custom_id": "c", "body": COMPLETION}):
+        assert bad(record, system="Be brief.").code == "system_needs_messages"
+    with pytest.raises(ValueError, match=r"reader\.system=\"Be brief\.\": reader\.prompt makes plain prompts"):
+        RowParser(prompt="text", system="Be brief.")
+    with pytest.raises(ValueError, match=r"reader\.system=''"):
+        RowParser(system="")
+
+
+def test_any_line_gives_a_row_or_a_bad_row() -> None:
+    rng = random.Random(0)
+    seeds = [line for line in (_as_bytes(line) for line, _, _ in BAD_ROWS) if len(line) < 2000]
+    seeds += [_as_bytes({"id": 1, "prompt": "Grüße 😀", "sampling": dict.fromkeys(SAMPLING_KEYS)})]
+    pieces = [b"NaN", b"\\ud800", b'"', b"{", b"[", b"}", b"\xff", b"null", b"-1", b"1e999", b":", b",", b"\x00", b"0"]
+    parsers = [
+        RowParser(keep=["x", "prompt"]),
+        RowParser(prompt="{prompt} {x}", keep=["id", "body"]),
+        RowParser(system="Be brief."),
+    ]
+    rows = []
+    for number in range(6000):
+        row = parsers[number % 3].from_line("f", number + 1, number, _mutated(rng, rng.choice(seeds), pieces))
+        assert isinstance(row, InputRow | BadRow)
+        if isinstance(row, BadRow):
+            assert row.code in set(BadRowCode)
+            json.dumps([row.id, row.reason], ensure_ascii=False, allow_nan=False).encode("utf-8")
+        rows.append(row.row)
+    assert rows == list(range(6000))
+
+
+def _as_bytes(line: bytes | str | dict) -> bytes:
+    if isinstance(line, dict):
+        line = json.dumps(line)
+    return line.encode() if isinstance(line, str) else line
+
+
+def _mutated(rng: random.Random, line: bytes, pieces: list[bytes]) -> bytes:
+    for _ in range(rng.randint(0, 3)):
+        begin = rng.randint(0, len(line))
+        end = min(len(line), begin + rng.choice([0, 1, 5]))
+        line = line[:begin] + rng.choice([b"", rng.choice(pieces), line[begin:end] * 2]) + line[end:]
+    return line
