@@ -384,25 +384,25 @@ def _is_blank(line: bytes) -> bool:
 
 
 class _OpenLine:
-    """The beginning of a line whose end has not been read yet; never holds more than a line may have, plus a chunk."""
+    """The beginning of a line whose end has not been read yet; never holds more than _HELD_BYTES."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
-        self._size = 0
+        self._room = _HELD_BYTES
 
     def add(self, piece: bytes) -> None:
-        if piece and self._size <= MAX_LINE_BYTES:
-            self._pieces.append(piece)
-            self._size += len(piece)
+        if piece and self._room:
+            self._pieces.append(piece[: self._room])
+            self._room -= len(self._pieces[-1])
 
     def closed(self, end: bytes) -> bytes:
         """The whole line, without its line break; the next one is begun."""
         if not self._pieces:
             return end
         self.add(end)
-        data = b"".join(self._pieces)[:_HELD_BYTES]
+        data = b"".join(self._pieces)
         self._pieces.clear()
-        self._size = 0
+        self._room = _HELD_BYTES
         return data
 
 
@@ -410,7 +410,7 @@ def _refuse_other_formats(path: str, parsed: Iterable[tuple[bytes, InputRow | Ba
     """The rows, unless the first NUM_FIRST_LINES of them (or all, in a shorter file) show another format: InputError.
 
     As long as no line has been an attempt at a JSON object, rows are held back; so a file is refused before any of
-    its rows is seen, or never.
+    its rows is seen, or never. A first line that betrays its format (see _MAGIC_BYTES) is enough.
     """
     held: list[BadRow] = []
     first_line = b""
@@ -423,7 +423,7 @@ def _refuse_other_formats(path: str, parsed: Iterable[tuple[bytes, InputRow | Ba
             yield item
             break
         held.append(item)
-        if len(held) == NUM_FIRST_LINES:
+        if len(held) == NUM_FIRST_LINES or (item.code != BadRowCode.NOT_OBJECT and _known_format(first_line)):
             break
     if held:
         raise _other_format(path, first_line, held[0].reason)
@@ -437,10 +437,15 @@ def _attempts_an_object(data: bytes, code: str) -> bool:
     return code not in (BadRowCode.NOT_JSON, BadRowCode.NOT_OBJECT)
 
 
+def _known_format(first_line: bytes) -> str | None:
+    """What the file is instead, and the cure."""
+    return next((cure for magic, cure in _MAGIC_BYTES.items() if first_line.startswith(magic)), None)
+
+
 def _other_format(path: str, first_line: bytes, reason: str) -> InputError:
-    for magic, cure in _MAGIC_BYTES.items():
-        if first_line.startswith(magic):
-            return InputError(f"input={_printable(path)}: is not JSONL but {cure.format(path=_printable(path))}")
+    cure = _known_format(first_line)
+    if cure is not None:
+        return InputError(f"input={_printable(path)}: is not JSONL but {cure.format(path=_printable(path))}")
     return InputError(
         f'input={_printable(path)}: is not JSONL: each line must be an object such as {{"prompt": "..."}}, '
         f"but none of the first lines is one ({reason})"
