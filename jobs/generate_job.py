@@ -1,7 +1,6 @@
 """The generate job: answers every row of an input file and records every step."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +54,11 @@ def run(config: GenerateConfig, run: Run) -> int:
     )
     figures = Figures()
     with ExitStack() as stack:
+        assembly = _assemble(config, run, figures, source)
+        recorder = stack.enter_context(closing(_flight_recorder(config, run)))
+        assembly.engine.recorders.append(recorder)
         generations = stack.enter_context(GenerationWriter(run.directory, config.writer.format, config.writer.keep))
         failures = stack.enter_context(FailureWriter(run.directory))
-        recorders = stack.enter_context(_recorders(config, run, figures))
-        assembly = _assemble(config, run, recorders, source)
         hashes = FileHashes(source)
         run.manifest.record(device=assembly.device, engine=assembly.facts())
         loop = _loop(config, assembly, reader, generations, failures)
@@ -67,8 +67,7 @@ def run(config: GenerateConfig, run: Run) -> int:
         with run.phase("write"):
             outputs = [generations.finish(), failures.finish()]
         with run.phase("finish"):
-            for recorder in recorders:
-                recorder.close()
+            recorder.close()
             run.manifest.record(
                 model=hashes.facts(),
                 input=[asdict(file) for file in reader.files],
@@ -81,26 +80,19 @@ def run(config: GenerateConfig, run: Run) -> int:
     return EXIT_ROWS_FAILED if loop.num_failed else EXIT_COMPLETE
 
 
-@contextmanager
-def _recorders(config: GenerateConfig, run: Run, figures: Figures) -> Iterator[list[Recorder]]:
-    """Closed in the end, so that every event that came is on disk however the run ends."""
-    recorders: list[Recorder] = [figures]
-    if config.recorder.enabled:
-        recorders.append(ParquetRecorder(run.directory, flush_s=config.recorder.flush_s))
-    try:
-        yield recorders
-    finally:
-        for recorder in recorders:
-            recorder.close()
+def _flight_recorder(config: GenerateConfig, run: Run) -> Recorder:
+    if not config.recorder.enabled:
+        return Recorder()
+    return ParquetRecorder(run.directory, flush_s=config.recorder.flush_s)
 
 
-def _assemble(config: GenerateConfig, run: Run, recorders: list[Recorder], source: ModelSource) -> "Assembly":
+def _assemble(config: GenerateConfig, run: Run, figures: Figures, source: ModelSource) -> "Assembly":
     """The engine. What does not fit this machine is the user's to cure, like any other setting."""
     from nanovllm.assembly import assemble  # brings torch
 
     try:
         return assemble(
-            to_llm_config(config), recorders=recorders, clock=run.clock.now_ns, source=source, phase=run.phase
+            to_llm_config(config), recorders=[figures], clock=run.clock.now_ns, source=source, phase=run.phase
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

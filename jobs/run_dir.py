@@ -21,7 +21,7 @@ ALLOWED_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 """No = and no comma: DuckDB would read them as hive columns, Hydra could not read them back."""
 RUN_LOG = "run.log"
 HYDRA_DIR = ".hydra"
-RESULTS = ("generations.jsonl", "generations.parquet", "failures.jsonl", "records")
+RESULTS = ("generations.jsonl", "generations.partial.jsonl", "generations.parquet", "failures.jsonl", "records")
 """A directory that holds one of these, without a manifest, is the rest of a run: new parts must not mix with it."""
 
 

@@ -111,7 +111,7 @@ def assemble(
     engine = LLMEngine(
         scheduler,
         ModelRunner(model, kv_cache, max_num_seqs=config.engine.max_num_seqs, max_model_len=max_model_len),
-        recorders=(TextRecorder(facts, memory), *recorders),
+        recorders=[TextRecorder(facts, memory), *recorders],
         clock=clock,
     )
     intake = Intake(

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,12 +55,13 @@ class LLMEngine:
         scheduler: Scheduler,
         runner: Runner,
         *,
-        recorders: tuple[Recorder, ...] = (),
+        recorders: Iterable[Recorder] = (),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.recorders = recorders
+        self.recorders = list(recorders)
+        """Told of everything, in this order; more may join between two steps."""
         self.clock = clock
         self.num_steps = 0
         """Steps scheduled so far; the next one's number."""
