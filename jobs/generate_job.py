@@ -18,8 +18,9 @@ from jobs.usage import UsageError
 from jobs.writer import FailureWriter, GenerationWriter, check_keep
 from nanovllm.errors import ModelError
 from nanovllm.events import Recorder
+from nanovllm.models.checkpoint import check_checkpoint
 from nanovllm.models.model_config import parse_config
-from nanovllm.models.source import ModelSource, check_checkpoint, resolve_model
+from nanovllm.models.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:
     from nanovllm.assembly import Assembly

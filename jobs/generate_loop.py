@@ -64,8 +64,9 @@ class GenerateLoop:
                 for output in self._engine.step():
                     self._finish(output)
                 self._generations.flush()
-                self._progress.update(self.num_answered, self._num_output_tokens, self.num_failed)
+                self._show_progress()
                 stop.check()
+            self._show_progress()
         except (KeyboardInterrupt, TooManyFailures):
             self._engine.abort_all()
             raise
@@ -73,6 +74,9 @@ class GenerateLoop:
             self._progress.close()
         for recorder in self._engine.recorders:
             recorder.on_end()
+
+    def _show_progress(self) -> None:
+        self._progress.update(self.num_answered + self.num_failed, self._num_output_tokens, self.num_failed)
 
     def counts(self) -> dict[str, int]:
         """Rows so far: all of them, answered, failed."""

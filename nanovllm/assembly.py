@@ -79,9 +79,8 @@ def assemble(
         model = _load_model(config, source, c, dtype, device, max_model_len)
         lines.log_model_loaded(memory)
         bytes_per_block = block_bytes(c, config.kv.block_size, dtype)
-        num_blocks = choose_num_blocks(
-            config.kv, bytes_per_block, available_kv_bytes(model, c, config, dtype, device, max_model_len)
-        )
+        available = available_kv_bytes(model, c, config, dtype, device, max_model_len)
+        num_blocks = choose_num_blocks(config.kv, bytes_per_block, available, device.type == "cuda")
         lines.log_kv_cache(
             num_kv_heads=c.num_key_value_heads,
             head_dim=c.head_dim,

@@ -1,12 +1,14 @@
 """How tokens are drawn: what a user may set, and what it becomes for one row."""
 
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 
 from nanovllm.config import check_integer
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: the division would leave nothing but the largest logit."""
+LARGEST = sys.float_info.max
+"""A larger integer has no float."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +39,24 @@ class SamplingParams:
     """The row's own seed, instead of the job's."""
 
     def __post_init__(self) -> None:
-        _check_number("sampling.temperature", self.temperature, 0.0, math.inf)
-        _check_number("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_number("sampling.min_p", self.min_p, 0.0, 1.0)
-        _check_optional_integer("sampling.top_k", self.top_k, 0)
-        _check_optional_integer("sampling.max_tokens", self.max_tokens, 1)
-        _check_optional_integer("sampling.seed", self.seed, 0, 2**63 - 1)
+        if self.temperature is not None:
+            _check_number("sampling.temperature", self.temperature, 0.0)
+        if self.top_p is not None:
+            _check_number("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.min_p is not None:
+            _check_number("sampling.min_p", self.min_p, 0.0, 1.0)
+        if self.top_k is not None:
+            check_integer("sampling.top_k", self.top_k, 0)
+        if self.max_tokens is not None:
+            check_integer("sampling.max_tokens", self.max_tokens, 1)
+        if self.seed is not None:
+            check_integer("sampling.seed", self.seed, 0, 2**63 - 1)
         if self.ignore_eos is not None and not isinstance(self.ignore_eos, bool):
             raise ValueError(f"sampling.ignore_eos={self.ignore_eos!r}: must be true or false")
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        if self.stop is not None:
+            object.__setattr__(self, "stop", _stop_strings(self.stop))
+        if self.stop_token_ids is not None:
+            object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
 
     def over(self, base: "SamplingParams") -> "SamplingParams":
         """These values where they are set, else those of `base`, key by key."""
@@ -83,32 +93,21 @@ def resolve(params: SamplingParams, model_defaults: SamplingParams, seed: int) -
     return ResolvedSampling(**{"seed": seed, **values})
 
 
-def _check_number(key: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-    if value is None:
-        return
-    bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and low <= number <= high) or (open_low and number == low):
+def _check_number(key: str, value: float, low: float, high: float = LARGEST, open_low: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high) or (open_low and value == low):
+        bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < LARGEST else "")
         raise ValueError(f"{key}={value!r}: must be a number, {bound}")
 
 
-def _check_optional_integer(key: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    if value is not None:
-        check_integer(key, value, minimum, maximum)
-
-
-def _stop_strings(stop: object) -> list[str] | None:
-    if stop is None:
-        return None
+def _stop_strings(stop: object) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"sampling.stop={stop!r}: must be a non-empty string or a list of them")
     return list(strings)
 
 
-def _token_ids(ids: object) -> list[int] | None:
-    if ids is None:
-        return None
+def _token_ids(ids: object) -> list[int]:
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(f"sampling.stop_token_ids={ids!r}: must be a list of token ids")
     return list(ids)

@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanovllm.errors import ModelError
+from nanovllm.models.checkpoint import StoredTensor, check_checkpoint
 from nanovllm.models.model_config import parse_config
-from nanovllm.models.source import ModelSource, StoredTensor, check_checkpoint
+from nanovllm.models.source import ModelSource
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

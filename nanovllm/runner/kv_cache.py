@@ -16,29 +16,29 @@ def block_bytes(config: Qwen3Config, block_size: int, dtype: torch.dtype) -> int
     return per_token * block_size
 
 
-def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int | None) -> int:
-    """Blocks that fit; `available_bytes` is the device's free memory, None on a CPU.
+def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int, on_gpu: bool) -> int:
+    """Blocks of the cache; `available_bytes` is the memory that is free beside weights and activations.
 
     Raises ValueError where not one block fits, or kv.num_blocks asks for more than there is.
     """
-    if available_bytes is None:
-        return kv.num_blocks or max(1, CPU_CACHE_BYTES // bytes_per_block)
-    fitting = int(available_bytes * kv.memory_fraction) // bytes_per_block
     if kv.num_blocks is not None:
         if kv.num_blocks * bytes_per_block > available_bytes:
             raise ValueError(
                 f"kv.num_blocks={kv.num_blocks}: {kv.num_blocks * bytes_per_block / 1e9:.2f} GB, but only "
                 f"{available_bytes / 1e9:.2f} GB are free beside weights and activations; at most "
-                f"{available_bytes // bytes_per_block} blocks fit"
+                f"{max(0, available_bytes) // bytes_per_block} blocks fit"
             )
         return kv.num_blocks
-    if fitting < 1:
+    budget = int(available_bytes * kv.memory_fraction)
+    if not on_gpu:
+        budget = min(budget, max(CPU_CACHE_BYTES, bytes_per_block))
+    if budget < bytes_per_block:
         raise ValueError(
             f"kv.memory_fraction={kv.memory_fraction} of the {max(0, available_bytes) / 1e9:.2f} GB that are free "
-            f"beside weights and activations holds no KV block of {bytes_per_block / 1e6:.2f} MB; free device memory, "
+            f"beside weights and activations holds no KV block of {bytes_per_block / 1e6:.2f} MB; free memory, "
             "or lower engine.max_num_batched_tokens or kv.block_size"
         )
-    return fitting
+    return budget // bytes_per_block
 
 
 def allocate(config: Qwen3Config, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from nanovllm.engine.plan import Admission, Plan
 from nanovllm.models.model_config import Qwen3Config
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.runner.kv_cache import allocate
+from nanovllm.runner.memory import free_host_memory
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling_params import ResolvedSampling
 
@@ -19,10 +20,10 @@ def available_kv_bytes(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
-) -> int | None:
-    """Free bytes of a GPU less what its largest step needs, by running that step once; None on a CPU."""
+) -> int:
+    """Free bytes of a GPU less what its largest step needs, by running that step once; on a CPU, free memory."""
     if device.type != "cuda":
-        return None
+        return free_host_memory()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     _run_largest_steps(model, c, config, dtype, device, max_model_len)

@@ -3,7 +3,11 @@ import random
 
 import pytest
 
-from jobs.rows import MAX_LINE_BYTES, MAX_TOKEN_ID, SAMPLING_KEYS, BadRow, BadRowCode, InputRow, RowParser
+from jobs.json_line import MAX_LINE_BYTES
+from jobs.prompt_forms import MAX_TOKEN_ID
+from jobs.refusal import BadRowCode
+from jobs.row_sampling import SAMPLING_KEYS
+from jobs.rows import BadRow, InputRow, RowParser
 from nanovllm.errors import PromptError
 from nanovllm.sampling_params import SamplingParams
 

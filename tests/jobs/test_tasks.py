@@ -143,8 +143,8 @@ def test_the_chat_template_is_chatml(tokenizer, prompts):
 
 
 def test_training_turns_are_the_tokens_of_the_chat_template(tokenizer):
-    train_tiny = pytest.importorskip("jobs.train_tiny")
-    maker = train_tiny.RowMaker(tokenizer.backend_tokenizer, 0)
+    tiny_rows = pytest.importorskip("jobs.tiny_rows")
+    maker = tiny_rows.RowMaker(tokenizer.backend_tokenizer, 0)
     for task in TASKS:
         example = held_out_examples(task, 1, "turn")[0]
         (turn,) = maker.encode([example])

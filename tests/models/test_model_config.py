@@ -164,7 +164,8 @@ def test_default_sampling_out_of_range_names_file_and_field(name, value):
 def test_the_check_before_the_run_imports_neither_torch_nor_transformers():
     code = (
         "import sys\n"
-        "from nanovllm.models.source import check_checkpoint, resolve_model\n"
+        "from nanovllm.models.checkpoint import check_checkpoint\n"
+        "from nanovllm.models.source import resolve_model\n"
         "resolve_model('Qwen/Qwen3-8B', load_format='dummy') if sys.argv[1:] else None\n"
         "heavy = {'torch', 'transformers', 'safetensors', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

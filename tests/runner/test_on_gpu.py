@@ -1,5 +1,6 @@
 """The same engine on a CUDA device: look-ahead, memory sizing, and the answers of the CPU."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_bfloat16_answers_as_well_as_the_cpu(bundled: tuple[list[list[int]], lis
 def test_forced_preemption_under_look_ahead_changes_no_token(bundled: tuple[list[list[int]], list[str]]) -> None:
     prompts = bundled[0][:40]
     roomy = [o.token_ids for o in build("tiny", device="cuda").run(prompts, GREEDY)]
-    tight = build("tiny", device="cuda", num_blocks=60)
+    tight = build("tiny", device="cuda", num_blocks=24)
     assert [o.token_ids for o in tight.run(prompts, GREEDY)] == roomy
     assert tight.counters.preemptions > 0
 
@@ -70,6 +71,8 @@ def test_sampling_draws_what_the_cpu_draws(tmp_path: Path) -> None:
 
 
 def test_the_cache_takes_its_share_of_what_is_free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
     free_before, _ = torch.cuda.mem_get_info()
     harness = build("tiny", device="cuda", dtype="bfloat16")
     taken = harness.assembly.kv_bytes
