@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from jobs.generate_loop import GenerateLoop
 from jobs.progress import Progress
 from jobs.reader import RowReader, check_input
 from jobs.recorder import ParquetRecorder
-from jobs.summary import summary
+from jobs.summary import show, summary
 from jobs.usage import UsageError
 from jobs.writer import FailureWriter, GenerationWriter, check_keep
 from nanovllm.errors import ModelError
@@ -38,9 +39,16 @@ def check(config: GenerateConfig) -> None:
     check_input(input_of(config), prompt=config.reader.prompt, system=config.reader.system, keep=config.writer.keep)
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
     check_checkpoint(source)
-    most, asked = parse_config(source.config).max_position_embeddings, config.engine.max_model_len
+    model = parse_config(source.config)
+    most, asked = model.max_position_embeddings, config.engine.max_model_len
     if asked is not None and asked > most:
         raise ModelError(f"engine.max_model_len={asked}: must be at most {most}, the model's max_position_embeddings")
+    for token_id in config.sampling.stop_token_ids or ():
+        if not 0 <= token_id < model.vocab_size:
+            raise ModelError(
+                f"sampling.stop_token_ids={config.sampling.stop_token_ids}: {token_id} is no token of the model; "
+                f"its ids are 0 to {model.vocab_size - 1}"
+            )
 
 
 def run(config: GenerateConfig, run: Run) -> int:
@@ -53,6 +61,8 @@ def run(config: GenerateConfig, run: Run) -> int:
         system=config.reader.system,
         keep=config.writer.keep,
     )
+    rows = iter(reader)
+    rows = chain(list(islice(rows, 1)), rows)  # what is no input at all shows before anything is made for it
     figures = Figures()
     with ExitStack() as stack:
         assembly = _assemble(config, run, figures, source)
@@ -62,7 +72,16 @@ def run(config: GenerateConfig, run: Run) -> int:
         failures = stack.enter_context(FailureWriter(run.directory))
         hashes = FileHashes(source)
         run.manifest.record(device=assembly.device, engine=assembly.facts())
-        loop = _loop(config, assembly, reader, generations, failures)
+        loop = GenerateLoop(
+            assembly,
+            rows,
+            generations,
+            failures,
+            Progress(config.progress, reader.count()),
+            source=", ".join(reader.paths),
+            sampling=config.sampling,
+            max_failures=config.reader.max_failures,
+        )
         with run.phase("generate"), run.stop.deferred():
             loop.run(run.stop)
         with run.phase("write"):
@@ -77,7 +96,7 @@ def run(config: GenerateConfig, run: Run) -> int:
                 figures=figures.facts(),
             )
     answers = BUNDLED_PROMPTS if config.input is None else None
-    print(summary(run.directory, loop.counts(), figures, outputs[0].path, answers), flush=True)
+    show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
     return EXIT_ROWS_FAILED if loop.num_failed else EXIT_COMPLETE
 
 
@@ -97,24 +116,6 @@ def _assemble(config: GenerateConfig, run: Run, figures: Figures, source: ModelS
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _loop(
-    config: GenerateConfig,
-    assembly: "Assembly",
-    reader: RowReader,
-    generations: GenerationWriter,
-    failures: FailureWriter,
-) -> GenerateLoop:
-    return GenerateLoop(
-        assembly,
-        reader,
-        generations,
-        failures,
-        Progress(config.progress, reader.count()),
-        sampling=config.sampling,
-        max_failures=config.reader.max_failures,
-    )
 
 
 COMMAND = Command(module="jobs.generate", config_name="generate", schema=GenerateConfig, check=check, run=run)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from jobs.progress import Progress
-from jobs.reader import RowReader
 from jobs.rows import BadRow, InputRow
 from jobs.stop import StopRequest
 from jobs.writer import FailureWriter, Generation, GenerationWriter
@@ -21,7 +20,7 @@ class TooManyFailures(RuntimeError):
 
 
 class GenerateLoop:
-    """Answers every row of a reader.
+    """Answers every row of an input.
 
     Rows are taken in only while fewer than `max_num_seqs` wait for the engine, so memory does not grow with the
     input. A finished row is on disk before the next step is committed. A row that cannot be answered goes to the
@@ -31,21 +30,22 @@ class GenerateLoop:
     def __init__(
         self,
         assembly: "Assembly",
-        reader: RowReader,
+        rows: Iterator[InputRow | BadRow],
         generations: GenerationWriter,
         failures: FailureWriter,
         progress: Progress,
         *,
+        source: str,
         sampling: SamplingParams,
         max_failures: int | None,
     ) -> None:
-        """`sampling` is the job's; a row's own wins over it, key by key."""
+        """`source` names the input in the log; `sampling` is the job's, a row's own wins over it, key by key."""
         self.num_answered = 0
         self.num_failed = 0
         self._engine = assembly.engine
         self._intake = assembly.intake
-        self._rows: Iterator[InputRow | BadRow] = iter(reader)
-        self._source = ", ".join(reader.paths)
+        self._rows = rows
+        self._source = source
         self._generations = generations
         self._failures = failures
         self._progress = progress

@@ -2,12 +2,21 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.figures import Figures
 from jobs.scoring import score
+
+
+def show(text: str) -> None:
+    """Prints to standard output; a reader of it that has gone away takes nothing from a run that is complete."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it exits
 
 
 def summary(

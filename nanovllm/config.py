@@ -16,11 +16,11 @@ def check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def check_integer(key: str, value: object, minimum: int, maximum: int | None = None) -> None:
     """Raises ValueError unless `value` is an int (not a bool) within [minimum, maximum]."""
+    number = value if isinstance(value, int) and not isinstance(value, bool) else minimum - 1
+    if number >= minimum and (maximum is None or number <= maximum):
+        return
     allowed = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{key}={value}: must be {allowed}")
-    if maximum is not None and value > maximum:
-        raise ValueError(f"{key}={value}: must be {allowed}")
+    raise ValueError(f"{key}={value}: must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,10 @@ from dataclasses import dataclass, fields, replace
 
 from nanovllm.config import check_integer
 
+MAX_TEMPERATURE = 1e6
+"""Far beyond this, all logits are equal anyway and float32 overflows."""
+MAX_COUNT = 2**31 - 1
+"""Of tokens: what an int32 holds."""
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: the division would leave nothing but the largest logit."""
 LARGEST = sys.float_info.max
@@ -40,15 +44,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
-            _check_number("sampling.temperature", self.temperature, 0.0)
+            _check_number("sampling.temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if self.top_p is not None:
             _check_number("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
         if self.min_p is not None:
             _check_number("sampling.min_p", self.min_p, 0.0, 1.0)
         if self.top_k is not None:
-            check_integer("sampling.top_k", self.top_k, 0)
+            check_integer("sampling.top_k", self.top_k, 0, MAX_COUNT)
         if self.max_tokens is not None:
-            check_integer("sampling.max_tokens", self.max_tokens, 1)
+            check_integer("sampling.max_tokens", self.max_tokens, 1, MAX_COUNT)
         if self.seed is not None:
             check_integer("sampling.seed", self.seed, 0, 2**63 - 1)
         if self.ignore_eos is not None and not isinstance(self.ignore_eos, bool):

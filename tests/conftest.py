@@ -1,7 +1,7 @@
-"""One thread for torch: the tensors of the tests are too small for a second one to pay."""
+"""One thread for torch, also in the processes that tests start: their tensors are too small for a second one to pay."""
 
-import torch
+import os
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"

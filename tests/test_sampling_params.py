@@ -15,22 +15,22 @@ NO_INTEGERS = (-1, 1.0, 0.5, math.nan, math.inf, True, False, "1", [1])
 # field: (what it must be, values that it takes, values that it refuses)
 RANGES: dict[str, tuple[str, tuple, tuple]] = {
     "temperature": (
-        "a number, at least 0",
-        (0, 0.0, -0.0, 5e-324, 1e-5, 0.7, 1, 2.0, 10**308, 1e308),
-        (-1, -5e-324, *NO_NUMBERS),
+        "a number, at least 0 and at most 1e+06",
+        (0, 0.0, -0.0, 5e-324, 1e-5, 0.7, 1, 2.0, 10**6, 1e6),
+        (-1, -5e-324, 1e6 + 1, 1e308, *NO_NUMBERS),
     ),
     "top_p": (
         "a number, above 0 and at most 1",
         (5e-324, 0.5, 1, 1.0),
         (0, 0.0, -0.0, -0.1, 1.0000000000000002, 2, *NO_NUMBERS),
     ),
-    "top_k": ("an integer of at least 0", (0, 1, 50, 2**31 - 1, TOO_LARGE), NO_INTEGERS),
+    "top_k": ("an integer from 0 to 2147483647", (0, 1, 50, 2**31 - 1), (2**31, TOO_LARGE, *NO_INTEGERS)),
     "min_p": (
         "a number, at least 0 and at most 1",
         (0, 0.0, -0.0, 0.05, 1, 1.0),
         (-5e-324, 1.0000000000000002, 2, *NO_NUMBERS),
     ),
-    "max_tokens": ("an integer of at least 1", (1, 2, 2**31 - 1), (0, *NO_INTEGERS)),
+    "max_tokens": ("an integer from 1 to 2147483647", (1, 2, 2**31 - 1), (0, 2**31, TOO_LARGE, *NO_INTEGERS)),
     "stop": (
         "a non-empty string or a list of them",
         ([], ["a"], ["a", "a", "\n\n", "😀"], ["\x00"]),
