@@ -203,6 +203,7 @@ def _settings(config: LLMConfig, device: torch.device, dtype: torch.dtype, max_m
         "dtype": _dtype_name(dtype),
         "load_format": config.model.load_format,
         "device": str(device),
+        "cpu_threads": torch.get_num_threads(),
         "seed": config.seed,
     }
 

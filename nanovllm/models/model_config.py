@@ -36,6 +36,10 @@ class Qwen3Config:
     """Dtype the checkpoint was saved in, one of CHECKPOINT_DTYPES."""
     eos_token_id: tuple[int, ...]
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint; a tied model has no `lm_head.weight` of its own."""
         hidden, head = self.hidden_size, self.head_dim
