@@ -176,9 +176,5 @@ class BlockManager:
         return block
 
     def _record(self, event: str, block: int, seq_id: int, reason: str | None) -> None:
-        self.events.append(
-            BlockEvent(
-                event, block, seq_id, reason, self._ref_counts[block], self._hashes[block],
-                len(self._empty) + len(self._cached),
-            )
-        )  # fmt: skip
+        free = len(self._empty) + len(self._cached)
+        self.events.append(BlockEvent(event, block, seq_id, reason, self._ref_counts[block], self._hashes[block], free))

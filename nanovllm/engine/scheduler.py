@@ -403,11 +403,11 @@ class Scheduler:
         """Offer the slot's first `full` blocks for reuse, as far as that has not been done."""
         seq = self._sequences[slot]
         assert seq is not None
-        size, tokens, hashes = self.blocks.block_size, self._tokens[slot], seq.prefix_hashes
-        for i in range(int(self._published[slot]), full):
+        size, hashes = self.blocks.block_size, seq.prefix_hashes
+        for i in range(self._published.item(slot), full):
             if seq.parent is None:
                 break
-            content = tokens[i * size : (i + 1) * size].tobytes()
+            content = self._tokens[slot, i * size : (i + 1) * size].tobytes()
             if i == len(hashes):
                 hashes.append(self.blocks.chain_hash(hashes[-1] if hashes else 0, content))
             seq.parent = self.blocks.publish(seq.seq_id, seq.block_ids[i], seq.parent, hashes[i], content)
@@ -492,7 +492,10 @@ class Scheduler:
     def _own_stops(self, slots: np.ndarray, tokens: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Which rows end by a stop token or stop string of their own."""
         stopped = np.zeros(len(slots), np.bool_)
-        for i in np.flatnonzero(self._has_own_stops[slots] & candidates).tolist():
+        own = self._has_own_stops[slots]
+        if not own.any():
+            return stopped
+        for i in np.flatnonzero(own & candidates).tolist():
             seq = self._sequences[slots[i]]
             assert seq is not None
             stopped[i] = seq.stops_with(int(tokens[i]))

@@ -50,17 +50,10 @@ class PackedBatch:
 def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> PackedBatch:
     """Arrays for one step; packed tokens and sampled rows are padded to a multiple of `multiple`."""
     ends = plan.starts + plan.num_tokens
-    counts = plan.num_tokens.astype(np.int64)
-    num_tokens = int(counts.sum())
+    num_tokens, last, row_of_token, positions_of = _place(plan)
     padded = _round_up(num_tokens, multiple)
-    last = np.cumsum(counts) - 1
-    row_of_token = np.arange(plan.num_rows)
     positions = np.zeros(padded, np.int64)
-    if plan.num_decodes == plan.num_rows:
-        positions[:num_tokens] = plan.starts
-    else:
-        row_of_token = np.repeat(row_of_token, counts)
-        positions[:num_tokens] = np.arange(num_tokens) + (plan.starts + counts - last - 1)[row_of_token]
+    positions[:num_tokens] = positions_of
 
     input_ids = np.zeros(padded, np.int64)
     input_ids[plan.num_decodes : num_tokens] = plan.prefill_token_ids
@@ -84,6 +77,18 @@ def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> Pac
         sample_slots=plan.slots[sampling],
         sample_positions=ends[sampling].astype(np.int64),
     )
+
+
+def _place(plan: Plan) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Number of packed tokens, where each row's last one stands, and each token's row and position."""
+    rows = np.arange(plan.num_rows)
+    if plan.num_decodes == plan.num_rows:
+        return plan.num_rows, rows, rows, plan.starts
+    counts = plan.num_tokens.astype(np.int64)
+    last = np.cumsum(counts) - 1
+    row_of_token = np.repeat(rows, counts)
+    positions = np.arange(len(row_of_token)) + (plan.starts + counts - last - 1)[row_of_token]
+    return len(row_of_token), last, row_of_token, positions
 
 
 def kv_slots(block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
