@@ -12,6 +12,9 @@ BATCH_KEYS = ("custom_id", "method", "url", "body")
 BATCH_FORMS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 """The `url` of a Batch line, and the key that its body then has."""
 
+NEUTRAL = {"n": 1, "stream": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
+"""Keys of a body that change nothing at these values."""
+
 
 def is_batch_line(record: Mapping[str, object]) -> bool:
     """Whether a record is meant as one; what is wrong with it then is for batch_id and batch_request to say."""
@@ -54,6 +57,9 @@ def _batch_sampling(given: dict[str, object]) -> dict[str, object]:
         wanted = given.pop("max_completion_tokens")
         if given.setdefault("max_tokens", wanted) != wanted:
             refuse(BadRowCode.BAD_BATCH_LINE, "body has max_tokens and max_completion_tokens that differ")
+    for key, value in NEUTRAL.items():
+        if given.get(key) == value:
+            del given[key]
     for key in given:
         if key not in SAMPLING_KEYS:
             supported = ", ".join(("model", "messages", "prompt", "max_completion_tokens", *SAMPLING_KEYS))

@@ -63,9 +63,10 @@ class Figures(Recorder):
 
     def lines(self) -> list[tuple[str, str]]:
         """(name, value) for the terminal."""
+        rate = self.output_tokens_per_s
         return [
             ("tokens", f"{self.num_prompt_tokens:,} in, {self.num_output_tokens:,} out"),
-            ("speed", f"{self.output_tokens_per_s:,.0f} output tok/s over {self.seconds:.2f} s"),
+            ("speed", f"{rate:,.{0 if rate >= 10 else 1}f} output tok/s over {self.seconds:.2f} s"),
             ("prefix cache", f"{self.prefix_cache_hit_rate:.1%} of the prompt tokens were cached"),
             ("preemptions", f"{self.num_preemptions}"),
         ]

@@ -10,7 +10,7 @@ HASHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 class FileHashes:
-    """Begins to hash the files of a model in a thread; `facts()` waits for it."""
+    """Begins to hash the files of a model in a thread."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -19,17 +19,20 @@ class FileHashes:
         self._thread = threading.Thread(target=self._run, name="file-hashes", daemon=True)
         self._thread.start()
 
-    def facts(self) -> dict[str, object]:
-        """For the manifest: which model it was, and each of its files with size and sha256. Raises OSError."""
+    def wait(self) -> None:
+        """Until all files are hashed; raises OSError where one cannot be read."""
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+    def facts(self) -> dict[str, object]:
+        """For the manifest: which model it was, and its files so far with size and sha256."""
         directory = self._source.directory
         return {
             "path": self._source.name,
             "directory": None if directory is None else str(directory),
             "commit": self._source.commit,
-            "files": self._files,
+            "files": dict(self._files),
         }
 
     def _run(self) -> None:
@@ -38,7 +41,7 @@ class FileHashes:
                 with open(file, "rb") as stream:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
                 self._files[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
-        except OSError as error:  # raised again by facts()
+        except OSError as error:  # raised again by wait()
             self._error = error
 
 

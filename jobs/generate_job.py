@@ -3,7 +3,6 @@
 import os
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,11 @@ from jobs.generate_loop import GenerateLoop
 from jobs.progress import Progress
 from jobs.reader import RowReader, check_input
 from jobs.recorder import ParquetRecorder
+from jobs.row_feed import RowFeed
 from jobs.summary import show, summary
 from jobs.usage import UsageError
 from jobs.writer import FailureWriter, GenerationWriter, check_keep
-from nanovllm.errors import ModelError
+from nanovllm.errors import ModelError, SettingError
 from nanovllm.events import Recorder
 from nanovllm.models.checkpoint import check_checkpoint
 from nanovllm.models.model_config import parse_config
@@ -66,8 +66,8 @@ def run(config: GenerateConfig, run: Run) -> int:
         system=config.reader.system,
         keep=config.writer.keep,
     )
-    rows = iter(reader)
-    rows = chain(list(islice(rows, 1)), rows)  # what is no input at all shows before anything is made for it
+    rows = RowFeed(reader, capacity=config.engine.max_num_seqs)
+    rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
     figures = Figures()
     with ExitStack() as stack:
         assembly = _assemble(config, run, figures, source)
@@ -84,25 +84,38 @@ def run(config: GenerateConfig, run: Run) -> int:
             failures,
             Progress(config.progress, reader.count()),
             source=", ".join(reader.paths),
+            in_step=all(Path(path).is_file() for path in reader.paths),
             sampling=config.sampling,
             max_failures=config.reader.max_failures,
         )
-        with run.phase("generate"), run.stop.deferred():
-            loop.run(run.stop)
+        try:
+            with run.phase("generate"), run.stop.deferred():
+                loop.run(run.stop)
+        except BaseException:
+            run.manifest.record(**_so_far(hashes, reader, loop, figures))
+            raise
         with run.phase("write"):
             outputs = [generations.finish(), failures.finish()]
         with run.phase("finish"):
             recorder.close()
+            hashes.wait()
             run.manifest.record(
-                model=hashes.facts(),
-                input=[asdict(file) for file in reader.files],
+                **_so_far(hashes, reader, loop, figures),
                 output=[{**asdict(file), "path": file.path.name} for file in outputs],
-                counts=loop.counts(),
-                figures=figures.facts(),
             )
     answers = BUNDLED_PROMPTS if config.input is None else None
     show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
     return EXIT_ROWS_FAILED if loop.num_failed else EXIT_COMPLETE
+
+
+def _so_far(hashes: FileHashes, reader: RowReader, loop: GenerateLoop, figures: Figures) -> dict[str, object]:
+    """What the manifest says of model, input and results, at the end or where the run broke off."""
+    return {
+        "model": hashes.facts(),
+        "input": [asdict(file) for file in reader.files],
+        "counts": loop.counts(),
+        "figures": figures.facts(),
+    }
 
 
 def _flight_recorder(config: GenerateConfig, run: Run) -> Recorder:
@@ -123,7 +136,7 @@ def _assemble(config: GenerateConfig, run: Run, figures: Figures, source: ModelS
         return assemble(
             to_llm_config(config), recorders=[figures], clock=run.clock.now_ns, source=source, phase=run.phase
         )
-    except ValueError as error:
+    except SettingError as error:
         raise UsageError(str(error)) from error
 
 

@@ -1,9 +1,10 @@
 """The loop of a generate job: rows in, steps, rows out."""
 
-from collections.abc import Iterator
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from jobs.progress import Progress
+from jobs.row_feed import RowFeed
 from jobs.rows import BadRow, InputRow
 from jobs.stop import StopRequest
 from jobs.writer import FailureWriter, Generation, GenerationWriter
@@ -30,22 +31,28 @@ class GenerateLoop:
     def __init__(
         self,
         assembly: "Assembly",
-        rows: Iterator[InputRow | BadRow],
+        rows: RowFeed,
         generations: GenerationWriter,
         failures: FailureWriter,
         progress: Progress,
         *,
         source: str,
+        in_step: bool,
         sampling: SamplingParams,
         max_failures: int | None,
     ) -> None:
-        """`source` names the input in the log; `sampling` is the job's, a row's own wins over it, key by key."""
+        """`source` names the input in the log; `sampling` is the job's, a row's own wins over it, key by key.
+
+        `in_step`: the next row is always waited for, so that the same input gives the same schedule. Without it (an
+        input that may pause, such as a pipe) what runs goes on while no row comes.
+        """
         self.num_answered = 0
-        self.num_failed = 0
+        self.failure_codes: Counter[str] = Counter()
         self._engine = assembly.engine
         self._intake = assembly.intake
         self._rows = rows
         self._source = source
+        self._in_step = in_step
         self._generations = generations
         self._failures = failures
         self._progress = progress
@@ -53,22 +60,21 @@ class GenerateLoop:
         self._max_failures = max_failures
         self._running: dict[int, InputRow] = {}
         self._num_output_tokens = 0
-        self._exhausted = False
 
     def run(self, stop: StopRequest) -> None:
         """Until every row is answered or has failed; on a stop request, running rows are given up."""
         for recorder in self._engine.recorders:
             recorder.on_start(None, None, self._source)
         try:
-            while self._feed() or self._engine.has_work():
+            while self._feed(stop) or self._engine.has_work():
                 for output in self._engine.step():
                     self._finish(output)
                 self._generations.flush()
                 self._show_progress()
                 stop.check()
             self._show_progress()
-        except (KeyboardInterrupt, TooManyFailures):
-            self._engine.abort_all()
+        except BaseException as error:
+            self._give_up(error)
             raise
         finally:
             self._progress.close()
@@ -78,25 +84,37 @@ class GenerateLoop:
     def _show_progress(self) -> None:
         self._progress.update(self.num_answered + self.num_failed, self._num_output_tokens, self.num_failed)
 
-    def counts(self) -> dict[str, int]:
-        """Rows so far: all of them, answered, failed."""
+    @property
+    def num_failed(self) -> int:
+        return self.failure_codes.total()
+
+    def counts(self) -> dict[str, object]:
+        """Rows so far: all of them, answered, failed, and these by their code, the commonest first."""
         return {
             "rows": self.num_answered + self.num_failed,
             "answered": self.num_answered,
             "failed": self.num_failed,
+            "failed_by_code": dict(self.failure_codes.most_common()),
         }
 
-    def _feed(self) -> bool:
-        """Take rows in while few wait; whether there may be more."""
-        while not self._exhausted and self._engine.num_waiting < self._engine.scheduler.max_num_seqs:
-            row = next(self._rows, None)
+    def _give_up(self, error: BaseException) -> None:
+        """End what runs, so that the records say so; should that fail too, `error` is still the one that counts."""
+        try:
+            self._engine.abort_all()
+        except Exception as second:
+            error.add_note(f"and the running sequences could not be ended: {type(second).__name__}: {second}")
+
+    def _feed(self, stop: StopRequest) -> bool:
+        """Take rows in while few wait for the engine; whether there may be more."""
+        while self._engine.num_waiting < self._engine.scheduler.max_num_seqs:
+            row = self._rows.take(self._in_step or not self._engine.has_work(), stop)
             if row is None:
-                self._exhausted = True
-            elif isinstance(row, BadRow):
+                break
+            if isinstance(row, BadRow):
                 self._fail(row)
             else:
                 self._take(row)
-        return not self._exhausted
+        return not self._rows.ended
 
     def _take(self, row: InputRow) -> None:
         sampling = row.sampling.over(self._sampling) if row.sampling else self._sampling
@@ -137,7 +155,7 @@ class GenerateLoop:
         )
 
     def _fail(self, row: BadRow) -> None:
-        self.num_failed += 1
+        self.failure_codes[str(row.code)] += 1
         self._failures.write(row)
         if self._max_failures is not None and self.num_failed > self._max_failures:
             raise TooManyFailures(

@@ -142,8 +142,10 @@ class ParquetRecorder(Recorder):
             items, is_last = self._take(deadline)
             for start in range(0, len(items), ITEMS_AT_ONCE):
                 self._tables.add(items[start : start + ITEMS_AT_ONCE])
+                if self._tables.num_bytes >= MAX_ENCODED_BYTES:
+                    self._tables.flush()
                 time.sleep(PAUSE_S)
-            if is_last or time.monotonic() >= deadline or self._tables.num_bytes >= MAX_ENCODED_BYTES:
+            if is_last or time.monotonic() >= deadline:
                 deadline = time.monotonic() + self._flush_s
                 self._tables.flush()
 

@@ -20,14 +20,17 @@ def show(text: str) -> None:
 
 
 def summary(
-    directory: Path, counts: Mapping[str, int], figures: Figures, generations: Path, answers: Path | None
+    directory: Path, counts: Mapping[str, Any], figures: Figures, generations: Path, answers: Path | None
 ) -> str:
-    """A few aligned lines; `answers` is the input file when its rows carry the right answers."""
+    """A few aligned lines from GenerateLoop's counts; `answers` is the input file when its rows carry the answers."""
     lines = [
         ("run directory", os.path.relpath(directory)),
         ("rows", f"{counts['answered']:,} answered, {counts['failed']:,} failed"),
-        *figures.lines(),
     ]
+    if counts["failed"]:
+        by_code = ", ".join(f"{code} {number:,}" for code, number in counts["failed_by_code"].items())
+        lines.append(("failures", f"{by_code}; the rows and reasons are in failures.jsonl"))
+    lines += figures.lines()
     if answers is not None:
         lines.append(("score", _score_line(answers, generations, counts["rows"])))
     return "\n".join(f"{name:14s} {value}" for name, value in lines)

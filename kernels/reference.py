@@ -193,6 +193,7 @@ def _filter(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) 
     before = F.pad(mass[:, :-1], (1, 0))
     keep &= (before < top_p[:, None] * mass[:, -1:]) | (top_p[:, None] >= 1)
     keep &= ordered >= min_p[:, None]
+    keep[:, 0] = True  # the likeliest token, even where top_p has rounded to 0
     return torch.zeros_like(probabilities).scatter_(-1, ids, ordered * keep)
 
 

@@ -12,6 +12,7 @@ from nanovllm.config import LLMConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import SettingError
 from nanovllm.events import Recorder
 from nanovllm.intake import Intake
 from nanovllm.logging import lines
@@ -22,7 +23,7 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
-from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
 from nanovllm.text import load_tokenizer
 
@@ -60,7 +61,7 @@ def assemble(
 ) -> Assembly:
     """Load the model and build the engine around it; `source` saves a second look-up of model.path.
 
-    Raises ModelError for a model that cannot be used, ValueError for settings that do not fit the machine.
+    Raises ModelError for a model that cannot be used, SettingError for settings that do not fit model or machine.
     """
     if source is None:
         source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
@@ -134,7 +135,7 @@ def assemble(
 
 def _choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no CUDA device here; install a CUDA build of torch or use device=cpu")
+        raise SettingError("device=cuda: torch sees no CUDA device; install a CUDA build of torch or use device=cpu")
     return torch.device("cuda", 0) if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -152,7 +153,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _choose_max_model_len(config: LLMConfig, c: Qwen3Config) -> int:
     asked = config.engine.max_model_len
     if asked is not None and asked > c.max_position_embeddings:
-        raise ValueError(
+        raise SettingError(
             f"engine.max_model_len={asked}: must be at most {c.max_position_embeddings}, "
             "the model's max_position_embeddings"
         )
@@ -204,6 +205,7 @@ def _settings(config: LLMConfig, device: torch.device, dtype: torch.dtype, max_m
         "load_format": config.model.load_format,
         "device": str(device),
         "cpu_threads": torch.get_num_threads(),
+        "row_multiple": row_multiple(device),
         "seed": config.seed,
     }
 

@@ -23,6 +23,12 @@ def check_integer(key: str, value: object, minimum: int, maximum: int | None = N
     raise ValueError(f"{key}={value}: must be {allowed}")
 
 
+def check_boolean(key: str, value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: must be true or false")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Where the weights come from."""
@@ -71,7 +77,9 @@ class KVConfig:
         check_integer("kv.block_size", self.block_size, 1, 4096)
         if self.num_blocks is not None:
             check_integer("kv.num_blocks", self.num_blocks, 1)
-        if not 0.0 < self.memory_fraction <= 1.0:
+        check_boolean("kv.prefix_caching", self.prefix_caching)
+        fraction = self.memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"kv.memory_fraction={self.memory_fraction}: must be above 0 and at most 1")
 
 
@@ -100,6 +108,7 @@ class EngineConfig:
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least "
                 f"engine.max_num_seqs={self.max_num_seqs}, so that every running sequence can decode in one step"
             )
+        check_boolean("engine.enforce_eager", self.enforce_eager)
         check_choice("engine.kernels", self.kernels, KERNELS)
 
 

@@ -10,5 +10,9 @@ class PromptError(ValueError):
         self.reason = reason
 
 
+class SettingError(ValueError):
+    """A setting that this machine or this model cannot serve, found only when it was tried."""
+
+
 class ModelError(ValueError):
     """A model directory, hub id or checkpoint that cannot be used."""

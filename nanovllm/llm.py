@@ -1,8 +1,10 @@
 """The engine from Python."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tqdm import tqdm
 
 from nanovllm.assembly import assemble
@@ -99,8 +101,7 @@ class LLM:
         cannot be served, naming its index. A prompt's noise depends on its seed and index alone.
         """
         listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        forms = [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in listed]
-        return self._generate(forms, sampling_params, use_tqdm)
+        return self._generate([_form(i, p) for i, p in enumerate(listed)], sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -162,11 +163,24 @@ class LLM:
         )
 
 
+def _form(index: int, prompt: object) -> dict[str, object]:
+    """The prompt as Intake.request takes it; raises ValueError for what is neither text nor token ids."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes):
+        ids = list(prompt)
+        if all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids):
+            return {"prompt_token_ids": [int(i) for i in ids]}
+    raise ValueError(f"prompt {index}: {reprlib.repr(prompt)} is neither a string nor a list of token ids")
+
+
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not all(isinstance(p, SamplingParams) for p in params):
+        raise TypeError("sampling_params must be a SamplingParams, or a sequence of them")
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
     return list(params)

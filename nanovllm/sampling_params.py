@@ -112,6 +112,8 @@ def _stop_strings(stop: object) -> list[str]:
 
 
 def _token_ids(ids: object) -> list[int]:
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"sampling.stop_token_ids={ids!r}: must be a list of token ids")
+    if not isinstance(ids, list | tuple) or not all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_COUNT for i in ids
+    ):
+        raise ValueError(f"sampling.stop_token_ids={ids!r}: must be a list of token ids, 0 to {MAX_COUNT}")
     return list(ids)

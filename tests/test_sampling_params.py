@@ -37,9 +37,9 @@ RANGES: dict[str, tuple[str, tuple, tuple]] = {
         ("", [""], ["a", ""], ["a", None], [1], 1, True, b"a", {"a": 1}, {"a"}),
     ),
     "stop_token_ids": (
-        "a list of token ids",
+        "a list of token ids, 0 to 2147483647",
         ([], [0], [1, 1, 2**31 - 1]),
-        (1, "1", ["1"], [1.0], [None], [0, True], {1: 1}, {1}),
+        (1, "1", ["1"], [1.0], [None], [0, True], [-1], [2**31], {1: 1}, {1}),
     ),
     "ignore_eos": ("true or false", (True, False), (0, 1, "true", "", [], 1.0)),
     "seed": (f"an integer from 0 to {2**63 - 1}", (0, 1, 2**63 - 1), (2**63, TOO_LARGE, *NO_INTEGERS)),

@@ -69,6 +69,7 @@ class LLMEngine:
         self._in_flight: deque[_Submitted] = deque()
         self._next_seq_id = 0
         self._last_committed = -1
+        self._failure: BaseException | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -132,7 +133,12 @@ class LLMEngine:
         return seq.seq_id
 
     def step(self) -> list[SequenceOutput]:
-        """Go on until one more step is committed; returns the sequences that ended with it."""
+        """Go on until one more step is committed; returns the sequences that ended with it.
+
+        What the runner raises comes through. The engine cannot go on after that: nobody knows what the device did.
+        """
+        if self._failure is not None:
+            raise RuntimeError(f"the engine failed in an earlier step ({self._failure}); build a new one")
         while len(self._in_flight) <= self.runner.lookahead and self._submit():
             pass
         if not self._in_flight:
@@ -145,8 +151,14 @@ class LLMEngine:
         return self._commit(self._in_flight.popleft())
 
     def abort_all(self) -> list[SequenceOutput]:
-        """Give up everything that is unfinished, after the steps under way; nothing is left to do then."""
+        """Give up everything that is unfinished, after the steps under way; nothing is left to do then.
+
+        After a failure of the runner too, without the steps under way.
+        """
         outputs = []
+        if self._failure is not None:
+            self._in_flight.clear()
+            self.scheduler.forget_submitted()
         while self._in_flight:
             outputs += self._commit(self._in_flight.popleft())
         ended = [self.scheduler.abort(seq_id) for seq_id in self.scheduler.live_seq_ids()]
@@ -174,13 +186,21 @@ class LLMEngine:
         schedule_ms = (self.clock() - start_ns) / 1e6
         for recorder in self.recorders:
             recorder.on_schedule(event)
-        self.runner.submit(scheduled.plan)
         self.num_steps += 1
+        try:
+            self.runner.submit(scheduled.plan)
+        except BaseException as error:
+            self._failure = error
+            raise
         self._in_flight.append(_Submitted(event, schedule_ms))
         return True
 
     def _commit(self, submitted: _Submitted) -> list[SequenceOutput]:
-        result = self.runner.collect()
+        try:
+            result = self.runner.collect()
+        except BaseException as error:
+            self._failure = error
+            raise
         end_ns = self.clock()
         plan = submitted.event.plan
         commit: Commit = self.scheduler.commit(plan, result.token_ids, end_ns)

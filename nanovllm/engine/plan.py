@@ -72,7 +72,7 @@ class StepResult:
     token_ids: np.ndarray
     """int32 [rows that sample, in row order]; -1 where the logits were not finite."""
     prepare_ms: float = 0.0
-    """Host time to turn the plan into tensors and launch them."""
+    """Host time to turn the plan into tensors and, on a device that works beside the host, to launch the step."""
     forward_ms: float = 0.0
     """Device time of model and sampling."""
     padded_batch_size: int = 0

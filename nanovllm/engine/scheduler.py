@@ -165,6 +165,14 @@ class Scheduler:
         slots = np.flatnonzero((self._slot_seq_id == seq_id) & ~self._ended)
         return self._end(int(slots[0]), "abort") if len(slots) else None
 
+    def forget_submitted(self) -> None:
+        """No result of a submitted step will come any more: what has ended gives its blocks back now."""
+        self._in_flight[:] = 0
+        for seq in self._displaced.values():
+            seq.num_in_flight = 0
+        for slot in self._order[self._ended[self._order]].tolist():
+            self._release_ended(slot)
+
     def schedule(self, step: int, now_ns: int = 0) -> Scheduled | None:
         """The next plan, or None when nothing can run before a result arrives (or nothing is left)."""
         preemptions: list[Preemption] = []

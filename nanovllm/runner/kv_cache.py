@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import KVConfig
+from nanovllm.errors import SettingError
 from nanovllm.models.model_config import Qwen3Config
 
 CPU_CACHE_BYTES = 512 * 2**20
@@ -19,11 +20,11 @@ def block_bytes(config: Qwen3Config, block_size: int, dtype: torch.dtype) -> int
 def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int, on_gpu: bool) -> int:
     """Blocks of the cache; `available_bytes` is the memory that is free beside weights and activations.
 
-    Raises ValueError where not one block fits, or kv.num_blocks asks for more than there is.
+    Raises SettingError where not one block fits, or kv.num_blocks asks for more than there is.
     """
     if kv.num_blocks is not None:
         if kv.num_blocks * bytes_per_block > available_bytes:
-            raise ValueError(
+            raise SettingError(
                 f"kv.num_blocks={kv.num_blocks}: {kv.num_blocks * bytes_per_block / 1e9:.2f} GB, but only "
                 f"{available_bytes / 1e9:.2f} GB are free beside weights and activations; at most "
                 f"{max(0, available_bytes) // bytes_per_block} blocks fit"
@@ -33,7 +34,7 @@ def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int, 
     if not on_gpu:
         budget = min(budget, max(CPU_CACHE_BYTES, bytes_per_block))
     if budget < bytes_per_block:
-        raise ValueError(
+        raise SettingError(
             f"kv.memory_fraction={kv.memory_fraction} of the {max(0, available_bytes) / 1e9:.2f} GB that are free "
             f"beside weights and activations holds no KV block of {bytes_per_block / 1e6:.2f} MB; free memory, "
             "or lower engine.max_num_batched_tokens or kv.block_size"

@@ -29,6 +29,11 @@ class _Launched:
     logits_rows: int
 
 
+def row_multiple(device: torch.device) -> int:
+    """What packed tokens and rows of logits are padded to a multiple of."""
+    return reference.ROW_MULTIPLE if device.type == "cpu" else 1
+
+
 class ModelRunner:
     """A Runner over one device. On a GPU, `submit` launches and returns; on a CPU the step has run when it does."""
 
@@ -39,7 +44,7 @@ class ModelRunner:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = kv_cache.shape[3]
-        self._multiple = reference.ROW_MULTIPLE if self.device.type == "cpu" else 1
+        self._multiple = row_multiple(self.device)
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // self._block_size))
         self._sampler = Sampler(max_num_seqs, self.device)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
@@ -67,7 +72,7 @@ class ModelRunner:
                 done=self._mark(),
                 started=started,
                 forward_ms=(time.perf_counter() - launch_at) * 1e3,
-                prepare_ms=(launch_at - began) * 1e3,
+                prepare_ms=((time.perf_counter() if self.device.type == "cuda" else launch_at) - began) * 1e3,
                 num_rows=plan.num_rows,
                 logits_rows=logits_rows,
             )

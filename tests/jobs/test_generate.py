@@ -128,7 +128,7 @@ def test_the_manifest_says_what_ran_on_what_and_with_which_result(first_run: tup
     assert manifest["config"]["reader"]["limit"] == 12
     assert manifest["versions"]["torch"]
     assert manifest["engine"]["num_kv_blocks"] > 0
-    assert manifest["counts"] == {"rows": 12, "answered": 12, "failed": 0}
+    assert manifest["counts"] == {"rows": 12, "answered": 12, "failed": 0, "failed_by_code": {}}
     assert manifest["figures"]["num_output_tokens"] == sum(row["num_output_tokens"] for row in run.generations)
     assert manifest["figures"]["num_prompt_tokens"] == sum(row["num_prompt_tokens"] for row in run.generations)
     assert manifest["figures"]["num_steps"] == len(run.table("steps"))
@@ -517,3 +517,32 @@ def test_a_sweep_answers_alike_in_each_job_and_one_failure_stops_no_other(
     names = [run.name for run in runs]
     assert all(set("=,").isdisjoint(name) and len(name) <= 80 for name in names)
     assert {name.split("_")[1] for name in names} == {"size-1", "size-16", "size-64"}
+
+
+def test_the_preemption_experiment_shows_preemptions(tmp_path: Path):
+    run = generate(tmp_path / "run", "experiment=preemption", "reader.limit=60")
+    assert run.manifest["figures"]["num_preemptions"] > 0
+
+
+def test_a_pipe_that_pauses_is_answered_so_far_and_still_stops_at_once(tmp_path: Path):
+    words = ["input=-", "hydra.run.dir=run", "progress=off", "sampling.max_tokens=4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.generate", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write(b'{"prompt": "hello"}\n')
+    process.stdin.flush()
+    partial = tmp_path / "run" / "generations.partial.jsonl"
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [row["row"] for row in map(json.loads, partial.read_text().splitlines())] == [0]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130, errors
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["status"], manifest["counts"]["answered"]) == ("interrupted", 1)

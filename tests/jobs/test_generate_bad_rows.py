@@ -156,7 +156,9 @@ def rest(row: Row) -> bytes:
 def test_the_manifest_counts_failed_rows(mixed: tuple[Finished, Finished]):
     manifest = mixed[0].manifest
     assert (manifest["status"], manifest["exit_code"]) == ("complete", 3)
-    assert manifest["counts"] == {"rows": 2 * len(BAD), "answered": len(BAD), "failed": len(BAD)}
+    counts = manifest["counts"]
+    assert sum(counts.pop("failed_by_code").values()) == len(BAD)
+    assert counts == {"rows": 2 * len(BAD), "answered": len(BAD), "failed": len(BAD)}
     assert manifest["input"][0]["num_rows"] == 2 * len(BAD)
     assert {output["path"]: output["num_rows"] for output in manifest["output"]} == {
         "generations.jsonl": len(BAD),
@@ -241,7 +243,10 @@ def test_a_model_that_falls_over_leaves_what_was_finished(tmp_path: Path, monkey
     assert "Traceback" in run.log
     assert "the device is gone" in run.log
     assert [row["row"] for row in json_lines(run.directory / "generations.partial.jsonl")] == [1]
-    assert [row["row"] for row in run.table("requests")] == [1]
+    ended = {row["row"]: row["finish_reason"] for row in run.table("requests")}
+    assert ended == {1: "length", 0: "aborted", 2: "aborted"}
+    assert run.manifest["counts"]["answered"] == 1
+    assert run.manifest["figures"]["num_steps"] == 5
     assert [step["step"] for step in run.table("steps")] == list(range(5)), "all that were committed"
 
 

@@ -73,7 +73,7 @@ def test_sampling_becomes_params() -> None:
 
 def test_batch_body_becomes_prompt_and_sampling() -> None:
     body = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 5, "stop": "x"}
-    row = good({"custom_id": "c-1", "id": 9, "body": body | {"n": None, "top_p": 0.5}})
+    row = good({"custom_id": "c-1", "id": 9, "body": body | {"n": 1, "stream": False, "logprobs": None, "top_p": 0.5}})
     assert row.id == "c-1"
     assert row.sampling == SamplingParams(max_tokens=5, stop=["x"], top_p=0.5)
     assert good({"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "hi"}}).prompt == "hi"
@@ -166,8 +166,16 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"prompt": "hi", "sampling": {"max_tokens": 2**63}}, "bad_sampling", "sampling.max_tokens="),
     ({"prompt": "hi", "sampling": {"stop": ""}}, "bad_sampling", "sampling.stop=''"),
     ({"prompt": "hi", "sampling": {"stop": ["x"] * 10_000 + [1]}}, "bad_sampling", "sampling.stop=['x'"),
-    ({"prompt": "hi", "sampling": {"stop_token_ids": [-1]}}, "bad_sampling", "stop_token_ids holds -1"),
-    ({"prompt": "hi", "sampling": {"stop_token_ids": [2**31]}}, "bad_sampling", "stop_token_ids holds 2147483648"),
+    (
+        {"prompt": "hi", "sampling": {"stop_token_ids": [-1]}},
+        "bad_sampling",
+        "stop_token_ids=[-1]: must be",
+    ),
+    (
+        {"prompt": "hi", "sampling": {"stop_token_ids": [2**31]}},
+        "bad_sampling",
+        "stop_token_ids=[2147483648]: must be",
+    ),
     ({"prompt": "hi", "sampling": {"seed": 1.0}}, "bad_sampling", "sampling.seed=1.0"),
     ({"custom_id": "c", "method": "GET", "body": CHAT}, "bad_batch_line", 'method is "GET"'),
     ({"custom_id": "c", "url": "/v1/embeddings", "body": CHAT}, "bad_batch_line", "/v1/embeddings"),
@@ -179,6 +187,7 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"custom_id": "c", "body": CHAT, "sampling": {}}, "bad_batch_line", "sampling stands beside body"),
     ({"custom_id": "c", "body": CHAT | {"max_tokens": 1, "max_completion_tokens": 2}}, "bad_batch_line", "differ"),
     ({"custom_id": "c", "body": CHAT | {"n": 2}}, "unsupported_key", 'body has key "n"; supported are'),
+    ({"custom_id": "c", "body": CHAT | {"stream": True}}, "unsupported_key", '"stream"'),
     ({"custom_id": "c", "body": CHAT | {"tools": []}}, "unsupported_key", '"tools"'),
     ({"custom_id": "c", "body": CHAT | {"top_p": 2}}, "bad_sampling", "sampling.top_p=2"),
     ({"custom_id": "c", "body": {"prompt": ["a", "b"]}}, "bad_token_ids", 'is "a"'),

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ FIGURES = Figures(
     first_step_start_ns=1_000_000_000,
     last_step_end_ns=3_000_000_000,
 )
-COUNTS = {"rows": 4, "answered": 3, "failed": 1}
+COUNTS = {"rows": 4, "answered": 3, "failed": 1, "failed_by_code": {"not_json": 1}}
 TEXTS = {0: "3", 1: "b, a", 3: "wrong"}
 
 
@@ -28,7 +29,7 @@ def lines(
     directory: Path,
     answers: Path | None = None,
     format: str = "jsonl",
-    counts: dict[str, int] = COUNTS,
+    counts: dict[str, Any] = COUNTS,
     figures: Figures = FIGURES,
 ) -> dict[str, str]:
     text = summary(directory, counts, figures, directory / f"generations.{format}", answers)
@@ -56,6 +57,7 @@ def test_the_summary_names_rows_tokens_speed_prefix_cache_and_preemptions(tmp_pa
     assert lines(tmp_path) == {
         "run directory": os.path.relpath(tmp_path),
         "rows": "3 answered, 1 failed",
+        "failures": "not_json 1; the rows and reasons are in failures.jsonl",
         "tokens": "12,000 in, 2,500 out",
         "speed": "1,250 output tok/s over 2.00 s",
         "prefix cache": "25.0% of the prompt tokens were cached",
@@ -72,6 +74,6 @@ def test_the_score_counts_a_failed_row_as_wrong_and_no_row_beyond_the_limit(tmp_
 def test_a_run_without_rows_has_a_summary_too(tmp_path: Path, answers: Path):
     (tmp_path / "generations.jsonl").touch()
     shown = lines(tmp_path, answers, counts={"rows": 0, "answered": 0, "failed": 0}, figures=Figures())
-    assert shown["speed"] == "0 output tok/s over 0.00 s"
+    assert shown["speed"] == "0.0 output tok/s over 0.00 s"
     assert shown["prefix cache"] == "0.0% of the prompt tokens were cached"
     assert shown["score"] == "answered 0 of 0 correctly"

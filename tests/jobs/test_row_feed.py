@@ -1,0 +1,83 @@
+"""Rows read ahead: in order, bounded, and never in the way of a signal."""
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from jobs.row_feed import RowFeed
+from jobs.rows import InputRow
+from jobs.stop import Stopped, StopRequest
+
+
+def rows(count: int) -> Iterator[InputRow]:
+    for row in range(count):
+        yield InputRow(file="f", line=row + 1, row=row, id=row, prompt="x")
+
+
+def test_rows_come_in_order_and_then_none():
+    feed, stop = RowFeed(rows(100), capacity=3), StopRequest()
+    feed.wait_for_first(stop)
+    taken = [feed.take(True, stop) for _ in range(100)]
+    assert [row.row for row in taken if row is not None] == list(range(100))
+    assert not feed.ended
+    assert feed.take(True, stop) is None
+    assert feed.ended
+    assert feed.take(False, stop) is None
+
+
+def test_an_empty_input_ends_at_once():
+    feed, stop = RowFeed(rows(0), capacity=3), StopRequest()
+    feed.wait_for_first(stop)
+    assert feed.take(True, stop) is None
+    assert feed.ended
+
+
+def test_no_more_than_capacity_is_read_ahead():
+    read = itertools.count()
+    feed = RowFeed((row for row in rows(1000) if next(read) >= 0), capacity=5)
+    feed.wait_for_first(StopRequest())
+    time.sleep(0.2)
+    assert next(read) <= 5 + 1 + 1  # queued, taken as the first, and one that waits for a place
+
+
+def test_what_the_reading_raises_comes_in_its_place():
+    def broken() -> Iterator[InputRow]:
+        yield from rows(2)
+        raise OSError("the disk is gone")
+
+    feed, stop = RowFeed(broken(), capacity=10), StopRequest()
+    assert [feed.take(True, stop).row for _ in range(2)] == [0, 1]  # pyright: ignore[reportOptionalMemberAccess]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            feed.take(True, stop)
+
+
+def test_an_error_at_the_start_is_raised_before_anything_is_taken():
+    def broken() -> Iterator[InputRow]:
+        raise ValueError("no rows at all")
+        yield
+
+    with pytest.raises(ValueError, match="no rows at all"):
+        RowFeed(broken(), capacity=1).wait_for_first(StopRequest())
+
+
+def test_a_silent_input_holds_up_neither_the_loop_nor_a_signal():
+    release = threading.Event()
+
+    def silent() -> Iterator[InputRow]:
+        release.wait(30)
+        yield from rows(1)
+
+    feed, stop = RowFeed(silent(), capacity=1), StopRequest()
+    assert feed.take(False, stop) is None
+    stop.signum = signal.SIGINT
+    for wait in (lambda: feed.take(True, stop), lambda: feed.wait_for_first(stop)):
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            wait()
+        assert time.monotonic() - began < 5
+    release.set()
