@@ -8,7 +8,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jobs.input_paths import STANDARD_INPUT, InputError, is_parquet, is_regular, open_file, printable, resolve_paths
 from jobs.lines import ByteStream, Lines
@@ -221,8 +221,12 @@ def _standard_input(stdin: ByteStream | None) -> ByteStream:
         return stdin
     if sys.stdin is None:
         raise InputError("input=-: there is no standard input; name a file")
+    try:
+        descriptor = sys.stdin.fileno()
+    except io.UnsupportedOperation:  # a program has put something else in its place
+        return cast(io.BufferedReader, sys.stdin.buffer)
     # A buffer of our own: at its exit Python takes the lock of sys.stdin's, which a thread that waits for input holds.
-    return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False))
+    return io.BufferedReader(io.FileIO(descriptor, closefd=False))
 
 
 def _digest(path: str) -> tuple[int, str]:
