@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from nanovllm.models.source import resolve_model
 from nanovllm.sampling_params import SamplingParams
 from tests.checkpoints import write_checkpoint
 from tests.runner.harness import build
@@ -29,8 +30,12 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 PROMPTS = random_prompts([1, 15, 16, 17, 40, 100])
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
+@pytest.fixture(scope="module", params=[*SHAPES, "tiny"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "tiny":
+        embedded = resolve_model("tiny").directory
+        assert embedded is not None
+        return embedded
     directory = tmp_path_factory.mktemp(request.param)
     write_checkpoint(directory, hidden_size=64, intermediate_size=96, **SHAPES[request.param])
     return directory
