@@ -6,18 +6,16 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntFlag
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import msgspec
 import numpy as np
 
+from jobs.append_log import GROUP_BYTES, ORDER_CHUNK, AppendLog
+from jobs.parquet_output import Kind, kind_of, parquet_schema, write_parquet
 from jobs.rows import BadRow
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FORMATS = ("jsonl", "parquet")
 PARTIAL_NAME = "generations.partial.jsonl"
@@ -34,17 +32,6 @@ OWN_COLUMNS = (
     "logprobs",
 )
 FINISH_REASONS = ("stop", "length")
-SCHEMA_VERSION = "1"
-"""Of the Parquet output, in the file's metadata."""
-
-_GROUP_BYTES = 1024 * 1024
-"""Appended without waiting for flush(), so that what waits stays small."""
-_ROW_GROUP_BYTES = 16 * 1024 * 1024
-_ROW_GROUP_ROWS = 16384
-_ORDER_CHUNK = 65536
-"""Indices that are Python integers at the same time: a million would take 36 MB."""
-_INT64 = range(-(2**63), 2**63)
-_EXACT_IN_FLOAT64 = range(-(2**53), 2**53 + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +110,9 @@ class GenerationWriter:
         self._keep = tuple(keep)
         self._encode = msgspec.json.Encoder().encode
         self._samples = array("i")
-        self._id_kind = _Kind.NONE
-        self._column_kinds = dict.fromkeys(self._keep, _Kind.NONE)
-        self._log = _AppendLog(run_dir / PARTIAL_NAME)
+        self._id_kind = Kind.NONE
+        self._column_kinds = dict.fromkeys(self._keep, Kind.NONE)
+        self._log = AppendLog(run_dir / PARTIAL_NAME)
 
     def __enter__(self) -> Self:
         return self
@@ -150,9 +137,9 @@ class GenerationWriter:
         columns = {name: generation.columns.get(name) for name in self._keep}
         line = self._encode(_record(generation, columns))
         self._samples.append(generation.sample)
-        self._id_kind |= _kind(generation.id)
+        self._id_kind |= kind_of(generation.id)
         for name, value in columns.items():
-            self._column_kinds[name] |= _kind(value)
+            self._column_kinds[name] |= kind_of(value)
         self._log.append(generation.row, line)
 
     def flush(self) -> None:
@@ -169,8 +156,8 @@ class GenerationWriter:
         if self._format == "jsonl":
             output = _replace(self._final, len(order), lambda path: _write_lines(path, self._log.read(order)))
         else:
-            schema = _parquet_schema(self._id_kind, self._column_kinds)
-            output = _replace(self._final, len(order), lambda path: _write_parquet(path, self._log.read(order), schema))
+            schema = parquet_schema(self._id_kind, self._column_kinds)
+            output = _replace(self._final, len(order), lambda path: write_parquet(path, self._log.read(order), schema))
         self._log.close()
         self._log.path.unlink()
         return output
@@ -189,7 +176,7 @@ class FailureWriter:
 
     def __init__(self, run_dir: Path) -> None:
         self._encode = msgspec.json.Encoder().encode
-        self._log = _AppendLog(run_dir / FAILURES_NAME)
+        self._log = AppendLog(run_dir / FAILURES_NAME)
 
     def __enter__(self) -> Self:
         return self
@@ -228,75 +215,6 @@ class FailureWriter:
         self._log.close()
 
 
-class _AppendLog:
-    """Lines appended to a file that must not exist yet, each found again by the order in which it came."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = array("q")
-        self._ends = array("q")
-        """Where each line ends in the file; it begins where the one before it ends."""
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-        self._size = 0
-        self._failed = False
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-
-    @property
-    def num_flushed(self) -> int:
-        return len(self.rows) - len(self._waiting)
-
-    def append(self, row: int, line: bytes) -> None:
-        self._open_file()
-        line += b"\n"
-        self._waiting.append(line)
-        self._waiting_bytes += len(line)
-        self.rows.append(row)
-        self._ends.append(self._size + self._waiting_bytes)
-        if self._waiting_bytes >= _GROUP_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        file = self._open_file()
-        if not self._waiting:
-            return
-        self._failed = True  # until all of it is done: a signal's exception must not let close() append it again
-        try:
-            _write_all(file, b"".join(self._waiting))
-        except BaseException:
-            os.ftruncate(file, self._size)
-            raise
-        self._size += self._waiting_bytes
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        self._failed = False
-
-    def read(self, order: np.ndarray) -> Iterator[bytes]:
-        """The flushed lines in this order, line breaks included."""
-        file = self._open_file()
-        for first in range(0, len(order), _ORDER_CHUNK):
-            for index in order[first : first + _ORDER_CHUNK].tolist():
-                begin = self._ends[index - 1] if index else 0
-                yield _read_all(file, begin, self._ends[index] - begin)
-
-    def close(self) -> None:
-        if self._file is None:
-            return
-        try:
-            if not self._failed:
-                self.flush()
-        finally:
-            os.close(self._file)
-            self._file = None
-
-    def _open_file(self) -> int:
-        if self._file is None:
-            raise ValueError(f"{self.path}: is closed")
-        if self._failed:
-            raise OSError(f"{self.path}: an earlier write failed, so nothing more is written")
-        return self._file
-
-
 # Order and files
 
 
@@ -304,8 +222,8 @@ def _input_order(rows: array, samples: array) -> np.ndarray:
     """The lines' indices, sorted by (row, sample)."""
     row, sample = np.asarray(rows), np.asarray(samples)
     order = np.lexsort((sample, row))
-    for first in range(0, len(order), _ORDER_CHUNK):
-        chunk = order[first : first + _ORDER_CHUNK + 1]
+    for first in range(0, len(order), ORDER_CHUNK):
+        chunk = order[first : first + ORDER_CHUNK + 1]
         again = (np.diff(row[chunk]) == 0) & (np.diff(sample[chunk]) == 0)
         if again.any():
             twice = chunk[int(again.argmax())]
@@ -339,24 +257,8 @@ def _sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def _write_all(file: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:  # one write, but for a signal or a disk that is about to be full
-        rest = rest[os.write(file, rest) :]
-
-
-def _read_all(file: int, begin: int, size: int) -> bytes:
-    data = os.pread(file, size, begin)
-    while len(data) < size:
-        more = os.pread(file, size - len(data), begin + len(data))
-        if not more:
-            raise OSError(f"the file of finished rows ends at byte {begin + len(data)}; somebody has shortened it")
-        data += more
-    return data
-
-
 def _write_lines(path: Path, lines: Iterator[bytes]) -> None:
-    with path.open("wb", buffering=_GROUP_BYTES) as file:
+    with path.open("wb", buffering=GROUP_BYTES) as file:
         file.writelines(lines)
 
 
@@ -376,113 +278,3 @@ def _record(generation: Generation, columns: dict[str, object]) -> dict[str, obj
         "logprobs": None,
         **columns,
     }
-
-
-# Parquet
-
-
-class _Kind(IntFlag):
-    """The kinds of values that a column has shown so far."""
-
-    NONE = 0
-    STRING = 1
-    BOOL = 2
-    INTEGER = 4
-    LARGE_INTEGER = 8
-    """Within 64 bits, but not every such integer is a float."""
-    FLOAT = 16
-    OTHER = 32
-
-
-def _kind(value: object) -> _Kind:
-    if value is None:
-        return _Kind.NONE
-    if isinstance(value, str):
-        return _Kind.STRING
-    if isinstance(value, bool):
-        return _Kind.BOOL
-    if isinstance(value, int):
-        if value in _EXACT_IN_FLOAT64:
-            return _Kind.INTEGER
-        return _Kind.LARGE_INTEGER if value in _INT64 else _Kind.OTHER
-    return _Kind.FLOAT if isinstance(value, float) else _Kind.OTHER
-
-
-def _arrow_type(kind: _Kind) -> "pa.DataType | None":
-    """None for values of several kinds, which become JSON texts."""
-    import pyarrow as pa  # 0.2 s that a job without Parquet need not spend
-
-    if kind in (_Kind.NONE, _Kind.STRING):
-        return pa.string()
-    if kind == _Kind.BOOL:
-        return pa.bool_()
-    if not kind & ~(_Kind.INTEGER | _Kind.LARGE_INTEGER):
-        return pa.int64()
-    if not kind & ~(_Kind.INTEGER | _Kind.FLOAT):
-        return pa.float64()
-    return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ParquetSchema:
-    arrow: "pa.Schema"
-    ids_as_text: bool
-    json_columns: tuple[str, ...]
-
-
-def _parquet_schema(id_kind: _Kind, column_kinds: Mapping[str, _Kind]) -> _ParquetSchema:
-    import pyarrow as pa
-
-    ids_as_text = bool(id_kind & _Kind.STRING)
-    kept = {name: _arrow_type(kind) for name, kind in column_kinds.items()}
-    arrow = pa.schema(
-        [
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("sample", pa.int32(), nullable=False),
-            pa.field("id", pa.string() if ids_as_text else pa.int64(), nullable=False),
-            pa.field("text", pa.string()),
-            pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-            pa.field("finish_reason", pa.string(), nullable=False),
-            pa.field("num_prompt_tokens", pa.int32(), nullable=False),
-            pa.field("num_output_tokens", pa.int32(), nullable=False),
-            pa.field("logprobs", pa.null()),
-            *(pa.field(name, type or pa.string()) for name, type in kept.items()),
-        ],
-        metadata={"schema_version": SCHEMA_VERSION},
-    )
-    json_columns = tuple(name for name, type in kept.items() if type is None)
-    return _ParquetSchema(arrow=arrow, ids_as_text=ids_as_text, json_columns=json_columns)
-
-
-def _write_parquet(path: Path, lines: Iterator[bytes], schema: _ParquetSchema) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with pq.ParquetWriter(path, schema.arrow, compression="zstd") as file:
-        for group in _groups(lines):
-            records = [_parquet_record(record, schema) for record in group]
-            file.write_table(pa.Table.from_pylist(records, schema=schema.arrow))
-
-
-def _groups(lines: Iterator[bytes]) -> Iterator[list[dict[str, object]]]:
-    """Decoded lines, in groups that are bounded in rows and in bytes."""
-    decode = msgspec.json.Decoder(dict[str, object]).decode
-    group: list[dict[str, object]] = []
-    num_bytes = 0
-    for line in lines:
-        group.append(decode(line))
-        num_bytes += len(line)
-        if len(group) == _ROW_GROUP_ROWS or num_bytes >= _ROW_GROUP_BYTES:
-            yield group
-            group, num_bytes = [], 0
-    if group:
-        yield group
-
-
-def _parquet_record(record: dict[str, object], schema: _ParquetSchema) -> dict[str, object]:
-    if schema.ids_as_text:
-        record["id"] = str(record["id"])
-    for name in schema.json_columns:
-        if record[name] is not None:
-            record[name] = msgspec.json.encode(record[name]).decode("utf-8")
-    return record

@@ -555,9 +555,7 @@ class Scheduler:
             reason = "eos"
         elif seq.stops_with(token):
             reason = "stop"
-        elif len(seq.token_ids) >= self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens):
-            reason = "max_tokens"
-        else:
+        else:  # nobody is preempted whose last token is under way
             return
         self.waiting.remove(seq)
         del self._displaced[seq.seq_id]
