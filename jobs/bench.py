@@ -1,27 +1,65 @@
-"""Benchmarks: `python -m jobs.bench host` and `python -m jobs.bench transformers`. The last line printed is JSON."""
+"""Benchmarks: `python -m jobs.bench NAME` or `python -m jobs.bench workload=...`. The last line printed is JSON."""
 
+import importlib
 import sys
 
+EXIT_USAGE = 2
+WORKLOAD = "workload="
+
 BENCHMARKS = {
-    "host": "host work of a decode step of 256 sequences, without a device",
-    "transformers": "the embedded model beside transformers' batched generate, on the bundled prompts",
+    "host": ("jobs.bench_host", "host work of a decode step of 256 sequences, without a device"),
+    "kernels": ("jobs.bench_kernels", "each kernel beside its plain torch definition"),
+    "transformers": (
+        "jobs.bench_transformers",
+        "the embedded model beside transformers' batched generate, on the bundled prompts",
+    ),
 }
 
 
 def main(words: list[str]) -> int:
+    if any("=" in word or word.startswith("-") for word in words):
+        return _workloads(words)
     if len(words) != 1 or words[0] not in BENCHMARKS:
-        known = "\n".join(f"  python -m jobs.bench {name:14s} {what}" for name, what in BENCHMARKS.items())
-        print(
-            f"error: jobs.bench takes one benchmark's name, not {' '.join(words) or 'nothing'}:\n{known}",
-            file=sys.stderr,
-        )
-        return 2
-    if words[0] == "host":
-        from jobs import bench_host as benchmark
-    else:
-        from jobs import bench_transformers as benchmark
-    benchmark.run()
+        print(_usage(words), file=sys.stderr)
+        return EXIT_USAGE
+    importlib.import_module(BENCHMARKS[words[0]][0]).run()
     return 0
+
+
+def _usage(words: list[str]) -> str:
+    from jobs.workloads import WORKLOADS
+
+    lines = [f"error: jobs.bench takes one benchmark's name or workload=..., not {' '.join(words) or 'nothing'}:"]
+    lines += [f"  python -m jobs.bench {name:14s} {about}" for name, (_, about) in BENCHMARKS.items()]
+    lines += [f"  python -m jobs.bench workload={','.join(WORKLOADS)}"]
+    lines += [f"    {name:10s} {kind.about}" for name, kind in WORKLOADS.items()]
+    return "\n".join(lines)
+
+
+def _workloads(words: list[str]) -> int:
+    """The engine or a peer on the workloads, through Hydra."""
+    try:
+        importlib.import_module("nanovllm")  # refuses a bad NANOVLLM_LOG_LEVEL
+        listed = [_listed(word) if word.startswith(WORKLOAD) else word for word in words]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    from jobs.bench_workloads import COMMAND
+    from jobs.launch import launch
+
+    return launch(COMMAND, listed)
+
+
+def _listed(word: str) -> str:
+    """`workload=a,b` as the list that Hydra reads without quotes; ValueError for what is no workload."""
+    from jobs.workloads import check_workloads
+
+    text = word.removeprefix(WORKLOAD)
+    if text.startswith("[") and text.endswith("]"):  # as a sweep hands it on
+        text = text[1:-1]
+    names = [name.strip() for name in text.split(",")]
+    check_workloads("workload", names)
+    return f"{WORKLOAD}[{','.join(names)}]"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The definition of every operation in plain torch; also what runs on a CPU.
 
 Shapes: T tokens of all sequences, packed; N rows; Q query heads; K key/value heads; H head size; V vocabulary; B
-sequences; W block table width; S block size.
+sequences; W block table width; S block size. KV caches are [blocks, K, S, H]: a head's share of a block is contiguous.
 
 In float32 on a CPU a token's result depends on its own sequence alone, bit for bit, not on what shares its batch. That
 rests on three rules. Matrix products see at least 8 rows (below that BLAS switches to other kernels, whose sums run in
@@ -13,6 +13,8 @@ cannot see changes none of its bits. Element-wise work comes in whole multiples 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.draws import Draws
 
 ROW_MULTIPLE = 16
 KEY_CHUNK = 64
@@ -60,11 +62,37 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
+def norm_rotary_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    rotary: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Queries [T, Q, H] of `qkv` [T, Q + 2 K, H], normed and rotated; keys, likewise, and values go into the caches.
+
+    `rotary` is rotary_table's; positions and slots are integers [T].
+    """
+    num_kv_heads = k_cache.shape[1]
+    q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos_sin = rotary[positions.long()]
+    q = apply_rotary(rms_norm(q, q_weight, eps), cos_sin)
+    k = apply_rotary(rms_norm(k, k_weight, eps), cos_sin)
+    store_kv(k, v, k_cache, v_cache, slots)
+    return q
+
+
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write [T, K, H] into caches [blocks, S, K, H]; slot = block * S + offset, and -1 writes nothing."""
+    """Write [T, K, H] into caches [blocks, K, S, H]; slot = block * S + offset, and -1 writes nothing."""
     live = slots >= 0
-    k_cache.flatten(0, 1)[slots[live]] = k[live]
-    v_cache.flatten(0, 1)[slots[live]] = v[live]
+    kept = slots[live].long()
+    block_size = k_cache.shape[2]
+    k_cache[kept // block_size, :, kept % block_size] = k[live]
+    v_cache[kept // block_size, :, kept % block_size] = v[live]
 
 
 def paged_decode_attention(
@@ -72,7 +100,7 @@ def paged_decode_attention(
 ) -> Tensor:
     """One query a sequence: [B, Q, H] over the first `context_lens` [B] tokens of `block_tables` [B, W]."""
     num_sequences, num_heads, head_size = q.shape
-    num_kv_heads = k_cache.shape[2]
+    num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
     rows = _round_up(group, _QUERY_ROW_MULTIPLE)
     grouped = q.view(num_sequences, num_kv_heads, group, head_size)
@@ -92,9 +120,8 @@ def paged_prefill_attention(
 ) -> Tensor:
     """Causal attention of packed queries [T, Q, H], the last `query_lens[b]` of `context_lens[b]` tokens each."""
     out = torch.empty_like(q)
-    num_kv_heads, head_size = k_cache.shape[2:]
+    num_kv_heads, block_size, head_size = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
-    block_size = k_cache.shape[1]
     first = 0
     for b, (num_queries, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         queries = q[first : first + num_queries].view(num_queries, num_kv_heads, group, head_size)
@@ -117,13 +144,12 @@ def _attend(q: Tensor, limits: Tensor, k_cache: Tensor, v_cache: Tensor, tables:
     Online softmax over the key chunks (Milakov and Gimelshein, arXiv 1805.02867).
     """
     num_sequences, num_kv_heads, num_rows, head_size = q.shape
-    block_size = k_cache.shape[1]
+    block_size = k_cache.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide) * scale
     k_rows, v_rows = k_cache.view(-1, head_size), v_cache.view(-1, head_size)
     heads = torch.arange(num_kv_heads, device=q.device)[None, :, None]
     longest = limits.amax(1)
-    first = tables[:, :1].long() * block_size
     best = torch.full((num_sequences, num_kv_heads, num_rows, 1), -torch.inf, dtype=wide, device=q.device)
     total = torch.zeros_like(best)
     out = torch.zeros_like(q)
@@ -131,10 +157,11 @@ def _attend(q: Tensor, limits: Tensor, k_cache: Tensor, v_cache: Tensor, tables:
     for start in range(0, width * block_size, KEY_CHUNK):
         positions = torch.arange(start, start + KEY_CHUNK, device=q.device)
         columns = (positions // block_size).clamp(max=width - 1)
-        slots = tables[:, columns].long() * block_size + positions % block_size
+        blocks, offsets = tables[:, columns].long(), (positions % block_size).expand(num_sequences, -1)
         # What stands behind a sequence's last token may be anything, NaN included: read its first token there.
-        slots = torch.where(positions < longest[:, None], slots, first)
-        index = (slots[:, None, :] * num_kv_heads + heads).flatten()
+        live = positions < longest[:, None]
+        blocks, offsets = torch.where(live, blocks, tables[:, :1].long()), torch.where(live, offsets, 0)
+        index = ((blocks[:, None] * num_kv_heads + heads) * block_size + offsets[:, None]).flatten()
         shape = (num_sequences, num_kv_heads, KEY_CHUNK, head_size)
         k = k_rows.index_select(0, index).view(shape).to(wide)
         v = v_rows.index_select(0, index).view(shape).to(wide)
@@ -149,7 +176,26 @@ def _attend(q: Tensor, limits: Tensor, k_cache: Tensor, v_cache: Tensor, tables:
     return (out / total).to(k_cache.dtype)
 
 
-def sample(
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """One token of each row of [N, V] logits; int64 [N], -1 where a row is not finite.
+
+    Temperature 0 is greedy (the lowest id among equals). Filters apply in this order, each to what the one before
+    left: top_k (exactly k tokens, lower ids first among equals; 0 is off), top_p (the fewest likeliest tokens that
+    reach this share), min_p (at least this fraction of the likeliest token's probability). The token is the first one,
+    by id, at which the cumulated probability exceeds the row's uniform number.
+
+    A row with a NaN, a +inf or nothing above -inf fails; a single -inf only rules that token out.
+    """
+    temperature, top_k, top_p, min_p, seed, row, sample_index, position = draws
+    if bool(temperature.any()):
+        uniform = philox_uniform(seed, row, sample_index.long(), position.long())
+    else:
+        uniform = torch.empty(0, dtype=torch.float64, device=logits.device)
+    filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
+    return draw(logits, temperature, top_k, top_p, min_p, uniform, filtered)
+
+
+def draw(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -158,15 +204,9 @@ def sample(
     uniform: Tensor,
     filtered: bool,
 ) -> Tensor:
-    """One token of each row of [N, V] logits; int64 [N], -1 where a row is not finite.
+    """`sample` with the noise given: `uniform` is float64 [N] in (0, 1), unread where every row is greedy.
 
-    `temperature` 0 is greedy (the lowest id among equals). Filters apply in this order, each to what the one before
-    left: top_k (exactly k tokens, lower ids first among equals; 0 is off), top_p (the fewest likeliest tokens that
-    reach this share), min_p (at least this fraction of the likeliest token's probability). The token is the first one,
-    by id, at which the cumulated probability exceeds `uniform`, float64 [N] in (0, 1). `filtered` says whether any row
-    uses a filter.
-
-    A row with a NaN, a +inf or nothing above -inf fails; a single -inf only rules that token out.
+    `filtered` says whether any row uses a filter.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, greedy_tokens = wide.max(-1)

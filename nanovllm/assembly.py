@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import reference
 from nanovllm.config import LLMConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
@@ -15,6 +14,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import SettingError
 from nanovllm.events import Recorder
 from nanovllm.intake import Intake
+from nanovllm.kernel_choice import KernelChoice, choose_kernels
 from nanovllm.logging import lines
 from nanovllm.logging.memory import cpu_memory, gpu_memory
 from nanovllm.logging.text_recorder import ModelFacts, TextRecorder
@@ -22,6 +22,7 @@ from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_toke
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
+from nanovllm.runner.decode_graphs import graph_sizes
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
 from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
@@ -71,16 +72,22 @@ def assemble(
         c = parse_config(source.config)
         dtype = _choose_dtype(config.model.dtype, c, device)
         max_model_len = _choose_max_model_len(config, c)
-        settings = _settings(config, device, dtype, max_model_len)
+        choice = choose_kernels(config.engine, c, dtype, config.kv.block_size, device)
+        sizes = _choose_graph_sizes(config, choice, device)
+        settings = _settings(config, device, dtype, max_model_len, choice, sizes)
         lines.log_engine_start(source.name, settings)
         lines.log_runner_start()
         lines.log_model_loading(source.name)
         lines.log_model_config(_architecture(c))
         tokenizer = load_tokenizer(source.directory)
-        model = _load_model(config, source, c, dtype, device, max_model_len)
+        model = _load_model(config, choice, source, c, dtype, device, max_model_len)
         lines.log_model_loaded(memory)
+
+        def make_runner(kv_cache: torch.Tensor, sizes: list[int] | None) -> ModelRunner:
+            return _make_runner(model, kv_cache, sizes, config, choice, c, dtype, max_model_len)
+
         bytes_per_block = block_bytes(c, config.kv.block_size, dtype)
-        available = available_kv_bytes(model, c, config, dtype, device, max_model_len)
+        available = available_kv_bytes(make_runner, sizes, c, config, dtype, device, max_model_len)
         num_blocks = choose_num_blocks(config.kv, bytes_per_block, available, device.type == "cuda")
         lines.log_kv_cache(
             num_kv_heads=c.num_key_value_heads,
@@ -91,6 +98,8 @@ def assemble(
         )
         kv_cache = allocate(c, num_blocks, config.kv.block_size, dtype, device)
         lines.log_kv_cache_allocated(memory)
+    with phase("capture"):
+        runner = _capture(make_runner, kv_cache, sizes)
     facts = ModelFacts(
         num_attention_heads=c.num_attention_heads,
         num_kv_heads=c.num_key_value_heads,
@@ -110,7 +119,7 @@ def assemble(
     )
     engine = LLMEngine(
         scheduler,
-        ModelRunner(model, kv_cache, max_num_seqs=config.engine.max_num_seqs, max_model_len=max_model_len),
+        runner,
         recorders=[TextRecorder(facts, memory), *recorders],
         clock=clock,
     )
@@ -162,6 +171,7 @@ def _choose_max_model_len(config: LLMConfig, c: Qwen3Config) -> int:
 
 def _load_model(
     config: LLMConfig,
+    choice: KernelChoice,
     source: ModelSource,
     c: Qwen3Config,
     dtype: torch.dtype,
@@ -169,12 +179,72 @@ def _load_model(
     max_model_len: int,
 ) -> Qwen3ForCausalLM:
     with torch.device(device), _default_dtype(dtype):
-        model = Qwen3ForCausalLM(reference, c, max_model_len)
+        model = Qwen3ForCausalLM(choice.ops(), choice.backend(), c, max_model_len)
     if config.model.load_format == "dummy":
         load_dummy(model, config.seed, dtype, device)
     else:
         load_weights(model, source, dtype, device)
     return model.eval()
+
+
+def _choose_graph_sizes(config: LLMConfig, choice: KernelChoice, device: torch.device) -> list[int] | None:
+    if config.engine.enforce_eager or device.type != "cuda" or not choice.capturable:
+        return None
+    return graph_sizes(config.engine.max_num_seqs)
+
+
+def _make_runner(
+    model: Qwen3ForCausalLM,
+    kv_cache: torch.Tensor,
+    sizes: list[int] | None,
+    config: LLMConfig,
+    choice: KernelChoice,
+    c: Qwen3Config,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> ModelRunner:
+    work = None
+    if choice.attention == "triton":
+        from nanovllm.runner.attention_work import AttentionWork
+
+        work = AttentionWork(
+            c,
+            dtype,
+            kv_cache.device,
+            block_size=config.kv.block_size,
+            max_num_seqs=config.engine.max_num_seqs,
+            finds_prefixes=config.kv.prefix_caching,
+        )
+    return ModelRunner(
+        model,
+        kv_cache,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_model_len=max_model_len,
+        work=work,
+        graph_sizes=sizes,
+    )
+
+
+def _capture(
+    make_runner: Callable[[torch.Tensor, list[int] | None], ModelRunner],
+    kv_cache: torch.Tensor,
+    sizes: list[int] | None,
+) -> ModelRunner:
+    """The engine's runner; says what its CUDA graphs took."""
+    if sizes is None:
+        return make_runner(kv_cache, None)
+    torch.cuda.synchronize(kv_cache.device)
+    free, began = torch.cuda.mem_get_info(kv_cache.device)[0], time.perf_counter()
+    runner = make_runner(kv_cache, sizes)
+    torch.cuda.synchronize(kv_cache.device)
+    assert runner.graphs is not None
+    lines.log_capture(
+        num_graphs=runner.graphs.num_graphs,
+        largest=sizes[-1],
+        seconds=time.perf_counter() - began,
+        num_bytes=free - torch.cuda.mem_get_info(kv_cache.device)[0],
+    )
+    return runner
 
 
 @contextmanager
@@ -187,16 +257,23 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _settings(config: LLMConfig, device: torch.device, dtype: torch.dtype, max_model_len: int) -> dict[str, object]:
-    kernels = f"reference (auto: the only implementation on {device.type})"
+def _settings(
+    config: LLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+    choice: KernelChoice,
+    sizes: list[int] | None,
+) -> dict[str, object]:
     return {
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
         "max_model_len": max_model_len,
         "max_num_seqs": config.engine.max_num_seqs,
         "max_num_batched_tokens": config.engine.max_num_batched_tokens,
         "enforce_eager": config.engine.enforce_eager,
-        "kernels": kernels if config.engine.kernels == "auto" else config.engine.kernels,
-        "cuda_graphs": "off (enforce_eager)" if config.engine.enforce_eager else "off (not built yet)",
+        "kernels": f"{choice.kernels} ({choice.kernels_reason})",
+        "attention": f"{choice.attention} ({choice.attention_reason})",
+        "cuda_graphs": _graphs_setting(config, device, sizes),
         "block_size": config.kv.block_size,
         "num_blocks": config.kv.num_blocks or "auto",
         "kv_memory_fraction": config.kv.memory_fraction,
@@ -208,6 +285,14 @@ def _settings(config: LLMConfig, device: torch.device, dtype: torch.dtype, max_m
         "row_multiple": row_multiple(device),
         "seed": config.seed,
     }
+
+
+def _graphs_setting(config: LLMConfig, device: torch.device, sizes: list[int] | None) -> str:
+    if sizes is not None:
+        return f"decode steps of 1 to {sizes[-1]} sequences"
+    if config.engine.enforce_eager:
+        return "off (enforce_eager)"
+    return "off (a CPU has none)" if device.type == "cpu" else "off (the reference kernels wait for the device)"
 
 
 def _architecture(c: Qwen3Config) -> dict[str, object]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
-KERNELS = ("auto", "reference")
+KERNELS = ("auto", "triton", "reference")
+ATTENTION = ("auto", "triton", "flash_attn", "reference")
 
 
 def check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -96,7 +97,9 @@ class EngineConfig:
     enforce_eager: bool = False
     """Never use CUDA graphs."""
     kernels: str = "auto"
-    """Implementation of the model's operations; what auto chose, and why, is in the log."""
+    """Implementation of the model's operations, attention apart; what auto chose, and why, is in the log."""
+    attention: str = "auto"
+    """Implementation of attention: auto, triton, flash_attn or reference."""
 
     def __post_init__(self) -> None:
         check_integer("engine.max_num_seqs", self.max_num_seqs, 1, 65536)
@@ -110,6 +113,7 @@ class EngineConfig:
             )
         check_boolean("engine.enforce_eager", self.enforce_eager)
         check_choice("engine.kernels", self.kernels, KERNELS)
+        check_choice("engine.attention", self.attention, ATTENTION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

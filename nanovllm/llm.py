@@ -27,6 +27,7 @@ SETTINGS = {
     "max_num_batched_tokens": ("engine", "max_num_batched_tokens"),
     "enforce_eager": ("engine", "enforce_eager"),
     "kernels": ("engine", "kernels"),
+    "attention": ("engine", "attention"),
     "kv_memory_fraction": ("kv", "memory_fraction"),
     "enable_prefix_caching": ("kv", "prefix_caching"),
     "block_size": ("kv", "block_size"),

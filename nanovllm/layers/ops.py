@@ -4,33 +4,36 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.draws import Draws
+
 
 class Ops(Protocol):
-    """See kernels/reference.py for what each of them means."""
+    """See kernels/reference.py for what each of them means. An implementation may write over tensors marked consumed;
+    nobody may use these afterwards."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x and residual are consumed."""
+        ...
 
     def silu_mul(self, x: Tensor) -> Tensor: ...
 
-    def apply_rotary(self, x: Tensor, cos_sin: Tensor) -> Tensor: ...
-
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
-
-    def paged_decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
-    ) -> Tensor: ...
-
-    def paged_prefill_attention(
+    def norm_rotary_store(
         self,
-        q: Tensor,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        rotary: Tensor,
+        positions: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        block_tables: Tensor,
-        query_lens: list[int],
-        context_lens: list[int],
-        scale: float,
-    ) -> Tensor: ...
+        slots: Tensor,
+    ) -> Tensor:
+        """qkv is consumed."""
+        ...
+
+    def sample(self, logits: Tensor, draws: Draws) -> Tensor: ...

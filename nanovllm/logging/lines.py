@@ -53,10 +53,22 @@ def log_kv_cache(*, num_kv_heads: int, head_dim: int, block_size: int, num_block
         "KV cache configuration: num_kv_heads=%d, head_dim=%d, block_size=%d", num_kv_heads, head_dim, block_size
     )
     RUNNER.info("Allocating %d KV cache blocks, total_size=%.2fGB", num_blocks, total_bytes / GIGABYTE)
+    RUNNER.info("KV cache capacity: %d tokens", num_blocks * block_size)
 
 
 def log_kv_cache_allocated(memory: Callable[[], str]) -> None:
     log_memory(RUNNER, "After KV cache allocation", memory)
+
+
+def log_capture(*, num_graphs: int, largest: int, seconds: float, num_bytes: int) -> None:
+    """CUDA graphs of decode steps are ready; `num_bytes` counts the runner's other buffers too."""
+    RUNNER.info(
+        "Captured %d CUDA graphs of decode steps up to %d sequences in %.2fs, total_size=%.2fGB",
+        num_graphs,
+        largest,
+        seconds,
+        num_bytes / GIGABYTE,
+    )
 
 
 def log_memory(logger: logging.Logger, moment: str, memory: Callable[[], str]) -> None:

@@ -8,31 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from kernels.reference import rotary_table
-from nanovllm.layers.attention import AttentionMeta, PagedAttention
+from nanovllm.layers.attention import AttentionBackend, AttentionMeta, PagedAttention
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rms_norm import RMSNorm
 from nanovllm.models.model_config import Qwen3Config
 
+Place = tuple[Tensor, Tensor]
+"""The rotary table, and each token's position: int64 [T]."""
+
 
 class Qwen3Attention(nn.Module):
-    def __init__(self, ops: Ops, c: Qwen3Config, layer: int) -> None:
+    def __init__(self, ops: Ops, backend: AttentionBackend, c: Qwen3Config, layer: int) -> None:
         super().__init__()
         self.ops = ops
+        self.eps = c.rms_norm_eps
         self.head_dim = c.head_dim
-        self.heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
-        self.qkv_proj = Linear(ops, c.hidden_size, sum(self.heads) * c.head_dim)
+        num_heads = c.num_attention_heads + 2 * c.num_key_value_heads
+        self.qkv_proj = Linear(ops, c.hidden_size, num_heads * c.head_dim)
         self.o_proj = Linear(ops, c.num_attention_heads * c.head_dim, c.hidden_size)
         self.q_norm = RMSNorm(ops, c.head_dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(ops, c.head_dim, c.rms_norm_eps)
-        self.attention = PagedAttention(ops, layer, c.head_dim)
+        self.attention = PagedAttention(backend, layer, c.head_dim)
 
-    def forward(self, x_TD: Tensor, cos_sin: Tensor, meta: AttentionMeta) -> Tensor:
+    def forward(self, x_TD: Tensor, place: Place, meta: AttentionMeta) -> Tensor:
+        """What o_proj is to be applied to: [T, Q * H]."""
         qkv = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_TQH, k_TKH, v_TKH = qkv.split(self.heads, dim=1)
-        q_TQH = self.ops.apply_rotary(self.q_norm(q_TQH), cos_sin)
-        k_TKH = self.ops.apply_rotary(self.k_norm(k_TKH), cos_sin)
-        return self.o_proj(self.attention(q_TQH, k_TKH, v_TKH, meta).flatten(1))
+        k_cache, v_cache = self.attention.caches(meta)
+        weights = self.q_norm.weight, self.k_norm.weight
+        q_TQH = self.ops.norm_rotary_store(qkv, *weights, self.eps, *place, k_cache, v_cache, meta.slot_mapping)
+        return self.attention(q_TQH, meta).flatten(1)
 
 
 class Qwen3MLP(nn.Module):
@@ -47,35 +52,51 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3Block(nn.Module):
-    def __init__(self, ops: Ops, c: Qwen3Config, layer: int) -> None:
+    def __init__(self, ops: Ops, backend: AttentionBackend, c: Qwen3Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(ops, c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Qwen3Attention(ops, c, layer)
+        self.self_attn = Qwen3Attention(ops, backend, c, layer)
         self.post_attention_layernorm = RMSNorm(ops, c.hidden_size, c.rms_norm_eps)
         self.mlp = Qwen3MLP(ops, c)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor, cos_sin: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
-        x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, cos_sin, meta)
+    def forward(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        place: Place,
+        meta: AttentionMeta,
+        rows_N: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(MLP output, residual); behind attention, only of the rows `rows_N` where given."""
+        if residual_TD is None:
+            x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
+        else:
+            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, place, meta)
+        if rows_N is not None:
+            x_TD, residual_TD = x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N)
+        x_TD = self.self_attn.o_proj(x_TD)
         x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
 
 
 class Qwen3Model(nn.Module):
-    def __init__(self, ops: Ops, c: Qwen3Config, num_positions: int) -> None:
+    def __init__(self, ops: Ops, backend: AttentionBackend, c: Qwen3Config, num_positions: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size))
-        self.layers = nn.ModuleList(Qwen3Block(ops, c, layer) for layer in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Qwen3Block(ops, backend, c, layer) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(ops, c.hidden_size, c.rms_norm_eps)
         device = self.embed_tokens.weight.device
         self.rotary = rotary_table(c.head_dim, c.rope_theta, num_positions, device)
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta) -> Tensor:
-        x_TD = self.embed_tokens(input_ids_T)
-        residual_TD = torch.zeros_like(x_TD)
-        cos_sin = self.rotary[positions_T]
-        for layer in self.layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, cos_sin, meta)
+    def forward(
+        self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None
+    ) -> Tensor:
+        x_TD, residual_TD = self.embed_tokens(input_ids_T), None
+        place = self.rotary, positions_T
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x_TD, residual_TD = layer(x_TD, residual_TD, place, meta, rows_N if i == last else None)
         return self.norm.add(x_TD, residual_TD)[0]
 
 
@@ -87,18 +108,24 @@ class Qwen3ForCausalLM(nn.Module):
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
 
-    def __init__(self, ops: Ops, c: Qwen3Config, num_positions: int) -> None:
+    def __init__(self, ops: Ops, backend: AttentionBackend, c: Qwen3Config, num_positions: int) -> None:
         """`num_positions`: longest sequence that will be run."""
         super().__init__()
-        self.model = Qwen3Model(ops, c, num_positions)
+        self.ops = ops
+        self.model = Qwen3Model(ops, backend, c, num_positions)
         self.lm_head = Linear(ops, c.hidden_size, c.vocab_size)
         if c.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
         self.requires_grad_(False)
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta) -> Tensor:
-        """Final hidden states [T, D] of tokens and positions, int64 [T]."""
-        return self.model(input_ids_T, positions_T, meta)
+    def forward(
+        self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states [T, D] of tokens and positions, int64 [T]; [N, D] where `rows_N`, int64, selects some.
+
+        All T tokens' keys and values are stored in any case; the last layer computes no more than that for the rest.
+        """
+        return self.model(input_ids_T, positions_T, meta, rows_N)
 
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, vocabulary]"""

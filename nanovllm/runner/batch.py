@@ -4,22 +4,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels.decode_work import ITEM_FIELDS
 from nanovllm.engine.plan import Plan
 
 
 class BlockTables:
-    """The block table of every slot, kept up to date from the plans' new entries."""
+    """The host's copy of every slot's block table, kept up to date from the plans' new entries."""
 
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
-        self._tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.array = np.zeros((max_num_seqs, max_blocks), np.int32)
+        """[slots, columns]"""
 
     def update(self, plan: Plan) -> None:
         """Apply a plan's new entries; must be called once for each plan, in order."""
-        self._tables[plan.table_slots, plan.table_columns] = plan.table_blocks
-
-    def rows(self, slots: np.ndarray, width: int) -> np.ndarray:
-        """int32 [slots, width]"""
-        return self._tables[slots, :width]
+        self.array[plan.table_slots, plan.table_columns] = plan.table_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +34,15 @@ class PackedBatch:
     """int64 [padded tokens]; block * block size + offset, -1 for padding."""
     context_lens: np.ndarray
     """int32 [rows]; tokens whose KV is there after the step."""
-    block_tables: np.ndarray
-    """int32 [rows, widest]"""
+    width: int
+    """Columns of the block tables that cover the longest row."""
     logits_index: np.ndarray
     """int64 [padded rows that sample]; where a sampling row's last token stands; padding repeats the first."""
     num_sampled: int
     sample_slots: np.ndarray
     """int32 [rows that sample]"""
     sample_positions: np.ndarray
-    """int64 [rows that sample]; place in its sequence of the token that is sampled."""
+    """int32 [rows that sample]; place in its sequence of the token that is sampled."""
 
 
 def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> PackedBatch:
@@ -58,9 +56,9 @@ def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> Pac
     input_ids = np.zeros(padded, np.int64)
     input_ids[plan.num_decodes : num_tokens] = plan.prefill_token_ids
 
-    block_tables = tables.rows(plan.slots, -(-int(ends.max()) // block_size))
     slot_mapping = np.full(padded, -1, np.int64)
-    slot_mapping[:num_tokens] = kv_slots(block_tables, row_of_token, positions[:num_tokens], block_size)
+    slot_of_token = plan.slots[row_of_token]
+    slot_mapping[:num_tokens] = kv_slots(tables.array, slot_of_token, positions[:num_tokens], block_size)
 
     sampling = np.flatnonzero(plan.samples)
     logits_index = np.zeros(_round_up(len(sampling), multiple), np.int64)
@@ -71,11 +69,11 @@ def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> Pac
         positions=positions,
         slot_mapping=slot_mapping,
         context_lens=ends,
-        block_tables=block_tables,
+        width=-(-int(ends.max()) // block_size),
         logits_index=logits_index,
         num_sampled=len(sampling),
         sample_slots=plan.slots[sampling],
-        sample_positions=ends[sampling].astype(np.int64),
+        sample_positions=ends[sampling],
     )
 
 
@@ -95,6 +93,23 @@ def kv_slots(block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, 
     """int64 [tokens]: where the token at `positions` of table row `rows` keeps its KV."""
     blocks = block_tables[rows, positions // block_size].astype(np.int64)
     return blocks * block_size + positions % block_size
+
+
+def prefill_items(counts: np.ndarray, starts: np.ndarray, slots: np.ndarray, tokens_per_item: int) -> np.ndarray:
+    """int32 [items, ITEM_FIELDS] of kernels/paged_prefill_attention.py for rows of `counts` [rows] tokens.
+
+    `starts` are the positions of their first tokens. Items with the most keys come first, so that the launch ends on
+    short ones.
+    """
+    tiles = -(-counts // tokens_per_item)
+    rows = np.repeat(np.arange(len(counts)), tiles)
+    offset = (np.arange(len(rows)) - (np.cumsum(tiles) - tiles)[rows]) * tokens_per_item
+    items = np.zeros((len(rows), ITEM_FIELDS), np.int32)
+    items[:, 0] = (np.cumsum(counts) - counts)[rows] + offset
+    items[:, 1] = np.minimum(counts[rows] - offset, tokens_per_item)
+    items[:, 2] = slots[rows]
+    items[:, 3] = starts[rows] + offset
+    return items[np.argsort(-(items[:, 3] + items[:, 1]), kind="stable")]
 
 
 def _round_up(value: int, multiple: int) -> int:

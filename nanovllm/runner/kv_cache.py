@@ -43,6 +43,6 @@ def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int, 
 
 
 def allocate(config: Qwen3Config, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised [layers, 2, blocks, block size, KV heads, head size]."""
-    shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+    """Uninitialised [layers, 2, blocks, KV heads, block size, head size]."""
+    shape = (config.num_hidden_layers, 2, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -1,57 +1,60 @@
-"""How much memory is left for the KV cache beside the largest step that can ever run."""
+"""How much memory is left for the KV cache beside the largest steps that can ever run."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.config import LLMConfig
 from nanovllm.engine.plan import Admission, Plan
 from nanovllm.models.model_config import Qwen3Config
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.runner.kv_cache import allocate
 from nanovllm.runner.memory import free_host_memory
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling_params import ResolvedSampling
 
+GRAPH_BYTES = 8 * 2**20
+"""What a captured graph takes beside the memory that graphs share, at most."""
+
 
 def available_kv_bytes(
-    model: Qwen3ForCausalLM,
+    make_runner: Callable[[Tensor, list[int] | None], ModelRunner],
+    graph_sizes: list[int] | None,
     c: Qwen3Config,
     config: LLMConfig,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
 ) -> int:
-    """Free bytes of a GPU less what its largest step needs, by running that step once; on a CPU, free memory."""
+    """Free bytes of a GPU less what a runner takes, by building one and running its largest steps; on a CPU, free
+    memory.
+
+    `make_runner` builds a runner over a KV cache with CUDA graphs of the given sizes.
+    """
     if device.type != "cuda":
         return free_host_memory()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    _run_largest_steps(model, c, config, dtype, device, max_model_len)
-    torch.cuda.synchronize(device)
-    needed = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free - needed
-
-
-def _run_largest_steps(
-    model: Qwen3ForCausalLM,
-    c: Qwen3Config,
-    config: LLMConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int,
-) -> None:
-    """A full prefill of few long rows, then one of as many rows as may run, each sampling with every filter on."""
     budget, most = config.engine.max_num_batched_tokens, config.engine.max_num_seqs
-    for length in {min(budget, max_model_len), max(1, budget // most)}:
+    blocks = most * -(-max(1, budget // most) // config.kv.block_size) + -(-budget // config.kv.block_size)
+    kv_cache = allocate(c, blocks, config.kv.block_size, dtype, device)
+    before = _free(device)
+    runner = make_runner(kv_cache, graph_sizes and graph_sizes[-1:])
+    standing = before - _free(device) + GRAPH_BYTES * 2 * len(graph_sizes or ())
+    torch.cuda.reset_peak_memory_stats(device)
+    allocated = torch.cuda.memory_allocated(device)
+    for length in {min(budget, max_model_len - 1), max(1, budget // most)}:
         rows = min(most, budget // length)
-        blocks_per_row = -(-length // config.kv.block_size)
-        kv_cache = allocate(c, rows * blocks_per_row, config.kv.block_size, dtype, device)
-        runner = ModelRunner(model, kv_cache, max_num_seqs=rows, max_model_len=max_model_len)
-        runner.submit(_prefill_plan(rows, length, blocks_per_row))
+        runner.submit(_prefill_plan(rows, length, -(-length // config.kv.block_size)))
         runner.collect()
-        del kv_cache, runner
+    working = torch.cuda.max_memory_allocated(device) - allocated
+    del kv_cache, runner
+    return _free(device) - standing - working
+
+
+def _free(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _prefill_plan(rows: int, length: int, blocks_per_row: int) -> Plan:

@@ -1,45 +1,13 @@
 """The definitions against torch's own operations in float64."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels import reference as ops
+from tests.kernels.paged import Paged, randn
 
 BLOCK_SIZES = [1, 3, 16, 64, 256]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-class Paged:
-    """Contexts of several sequences in a cache whose unused memory is NaN, blocks in random order."""
-
-    def __init__(self, contexts: list[int], kv_heads: int, head_size: int, block_size: int) -> None:
-        widths = [-(-context // block_size) for context in contexts]
-        blocks = torch.randperm(sum(widths) + 3, generator=torch.Generator().manual_seed(1)).tolist()
-        self.tables = torch.zeros(len(contexts), max(widths), dtype=torch.int32)
-        shape = (len(blocks), block_size, kv_heads, head_size)
-        self.k_cache, self.v_cache = torch.full(shape, math.nan), torch.full(shape, math.nan)
-        self.contexts, self.keys, self.values = contexts, [], []
-        for i, (context, width) in enumerate(zip(contexts, widths, strict=True)):
-            self.tables[i, :width] = torch.tensor([blocks.pop() for _ in range(width)])
-            positions = torch.arange(context)
-            slots = self.tables[i, positions // block_size].long() * block_size + positions % block_size
-            self.keys.append(randn(context, kv_heads, head_size, seed=2 * i))
-            self.values.append(randn(context, kv_heads, head_size, seed=2 * i + 1))
-            ops.store_kv(self.keys[-1], self.values[-1], self.k_cache, self.v_cache, slots)
-
-    def exact(self, q: Tensor, sequence: int, scale: float) -> Tensor:
-        """Causal attention of the sequence's last len(q) tokens in float64."""
-        context, group = self.contexts[sequence], q.shape[1] // self.k_cache.shape[2]
-        k, v = (t[sequence].double().repeat_interleave(group, 1).transpose(0, 1) for t in (self.keys, self.values))
-        mask = torch.ones(len(q), context, dtype=torch.bool).tril(context - len(q))
-        return F.scaled_dot_product_attention(q.double().transpose(0, 1), k, v, mask, scale=scale).transpose(0, 1)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -68,13 +36,13 @@ def test_prefill_attention_of_whole_prompts_and_of_chunks(block_size: int) -> No
 
 
 def test_store_kv_writes_its_slots_and_nothing_else() -> None:
-    k_cache, v_cache = torch.full((4, 8, 2, 16), 7.0), torch.full((4, 8, 2, 16), 9.0)
+    k_cache, v_cache = torch.full((4, 2, 8, 16), 7.0), torch.full((4, 2, 8, 16), 9.0)
     k, v = randn(3, 2, 16), randn(3, 2, 16, seed=1)
     ops.store_kv(k, v, k_cache, v_cache, torch.tensor([13, -1, 31]))
     expected_k, expected_v = torch.full((32, 2, 16), 7.0), torch.full((32, 2, 16), 9.0)
     expected_k[[13, 31]], expected_v[[13, 31]] = k[[0, 2]], v[[0, 2]]
-    assert torch.equal(k_cache.flatten(0, 1), expected_k)
-    assert torch.equal(v_cache.flatten(0, 1), expected_v)
+    assert torch.equal(k_cache.transpose(1, 2).flatten(0, 1), expected_k)
+    assert torch.equal(v_cache.transpose(1, 2).flatten(0, 1), expected_v)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference import philox_uniform, sample
+from kernels import reference
+from kernels.reference import philox_uniform
 
 DRAWS = 1_000_000
 VOCAB = 8
@@ -17,7 +18,7 @@ LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 def draw(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """One token of each row of [N, V], row i with the noise of row i."""
     count = len(logits)
-    return sample(
+    return reference.draw(
         logits,
         torch.full((count,), temperature),
         torch.full((count,), top_k),
@@ -34,10 +35,12 @@ def noise(count: int) -> Tensor:
     return philox_uniform(zeros + 11, torch.arange(count), zeros, zeros)
 
 
-def expected_probabilities(*, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+def expected_probabilities(
+    logits: Tensor = LOGITS, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """The definition, one token at a time, in float64."""
-    p = torch.softmax(LOGITS.double() / temperature, 0).tolist()
-    ranked = sorted(range(VOCAB), key=lambda token: (-p[token], token))
+    p = torch.softmax(logits.double() / temperature, 0).tolist()
+    ranked = sorted(range(len(p)), key=lambda token: (-p[token], token))
     kept = ranked[:top_k] if top_k else ranked
     mass, total = 0.0, sum(p[token] for token in kept)
     nucleus = []
@@ -47,7 +50,7 @@ def expected_probabilities(*, temperature: float, top_k: int, top_p: float, min_
         nucleus.append(token)
         mass += p[token]
     survivors = [token for token in nucleus if p[token] >= min_p * p[ranked[0]]]
-    out = torch.zeros(VOCAB, dtype=torch.float64)
+    out = torch.zeros(len(p), dtype=torch.float64)
     out[survivors] = torch.tensor([p[token] for token in survivors], dtype=torch.float64)
     return out / out.sum()
 
@@ -83,7 +86,7 @@ def test_a_million_draws_fit_the_distribution(temperature: float, top_k: int, to
 
 def test_the_chi_square_sees_a_bias_of_five_percent() -> None:
     tokens = draw(LOGITS.expand(DRAWS, VOCAB), temperature=1.0)
-    biased = expected_probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    biased = expected_probabilities(temperature=1.0)
     biased[biased.argmax()] *= 1.05
     assert chi_square_p(torch.bincount(tokens, minlength=VOCAB), biased / biased.sum()) < 1e-12
 
@@ -136,8 +139,8 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone() -> None:
     min_p, uniform = torch.tensor([0.0, 0.1, 0.0, 0.0]), torch.tensor([0.3, 0.9, 0.5, 0.7], dtype=torch.float64)
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(5))
     settings = (temperature, top_k, top_p, min_p, uniform)
-    together = sample(logits, *settings, filtered=True)
-    alone = [sample(logits[i : i + 1], *(s[i : i + 1] for s in settings), filtered=i > 0) for i in range(4)]
+    together = reference.draw(logits, *settings, filtered=True)
+    alone = [reference.draw(logits[i : i + 1], *(s[i : i + 1] for s in settings), filtered=i > 0) for i in range(4)]
     assert together.tolist() == torch.cat(alone).tolist()
 
 

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 
+from kernels.draws import Draws
 from nanovllm.assembly import Assembly, assemble
 from nanovllm.config import EngineConfig, KVConfig, LLMConfig, ModelConfig
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.events import Recorder, StepEvent
+from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -38,7 +40,7 @@ class Harness:
     assembly: Assembly
     counters: Counters
     logits: dict[tuple[int, int], torch.Tensor]
-    """(row, position of the sampled token) -> logits; the last computation of each."""
+    """(row, position of the sampled token) -> logits; the last computation of each. On a CPU only."""
 
     def run(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, rows: Sequence[int] | None = None
@@ -67,30 +69,58 @@ def build(
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
+    kernels: str = "auto",
+    attention: str = "auto",
+    enforce_eager: bool = False,
+    fixed_sizes: list[int] | None = None,
 ) -> Harness:
+    """`fixed_sizes`: on a CPU, decode steps run at these sizes, as they do on a GPU, though not as graphs."""
     counters = Counters()
     assembly = assemble(
         LLMConfig(
             model=ModelConfig(path=str(path), dtype=dtype),
             kv=KVConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
-            engine=EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+            engine=EngineConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kernels=kernels,
+                attention=attention,
+                enforce_eager=enforce_eager,
+            ),
             device=device,
             seed=seed,
         ),
         recorders=(counters,),
     )
+    if fixed_sizes is not None:
+        _fix_sizes(assembly, max_num_seqs, fixed_sizes)
     logits: dict[tuple[int, int], torch.Tensor] = {}
-    _tap(assembly, logits)
+    if device == "cpu":
+        _tap(assembly, logits)
     return Harness(assembly, counters, logits)
 
 
+def _fix_sizes(assembly: Assembly, max_num_seqs: int, sizes: list[int]) -> None:
+    runner = assembly.engine.runner
+    assert isinstance(runner, ModelRunner)
+    assembly.engine.runner = ModelRunner(
+        runner._model,
+        runner._kv_cache,
+        max_num_seqs=max_num_seqs,
+        max_model_len=assembly.engine.scheduler.max_model_len,
+        work=runner._work,
+        graph_sizes=sizes,
+        capture=False,
+    )
+
+
 def _tap(assembly: Assembly, logits: dict[tuple[int, int], torch.Tensor]) -> None:
-    sampler = assembly.engine.runner._sampler  # pyright: ignore[reportAttributeAccessIssue]
-    draw = sampler.draw
+    model = assembly.engine.runner._model  # pyright: ignore[reportAttributeAccessIssue]
+    ops = model.ops
 
-    def tapped(values: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-            logits[int(sampler._row[slot]), position] = values[i].clone()
-        return draw(values, slots, positions)
+    def sample(values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        for row, position, value in zip(draws.row.tolist(), draws.position.tolist(), values, strict=True):
+            logits[row, position] = value.clone()
+        return ops.sample(values, draws)
 
-    sampler.draw = tapped
+    model.ops = SimpleNamespace(sample=sample)

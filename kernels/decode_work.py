@@ -1,0 +1,38 @@
+"""How a decode step's attention is cut into pieces of work, as the kernels read it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+ITEM_FIELDS = 8
+"""int32 numbers of an item; a power of two, so that an item is one aligned read."""
+
+
+class DecodeWork(NamedTuple):
+    """A step's work list; the same for every layer but for the counter. All tensors are int32 unless said otherwise."""
+
+    items: Tensor
+    """[capacity, ITEM_FIELDS]: (row of q, row of the block tables, first token, end token, partial or -1). A row with
+    one item has -1, and the item writes the row's output; of other rows each item writes one partial."""
+    num_items: Tensor
+    """[1]"""
+    counters: Tensor
+    """[layers], zeros: programs draw their items from their layer's counter."""
+    merges: Tensor
+    """[rows, 4]: (row of q, first partial, number of partials) of the rows that have partials."""
+    num_merges: Tensor
+    """[1]"""
+    prefix_items: Tensor
+    """[capacity, ITEM_FIELDS]: (row of the block tables, first member, members, first token, end token, chunk)."""
+    num_prefix_items: Tensor
+    """[1]"""
+    members: Tensor
+    """[rows]: rows of q that share a prefix, group by group."""
+    member_partials: Tensor
+    """[rows]: the partial of the member's first prefix chunk; the other chunks' follow it."""
+    partial_out: Tensor
+    """float32 [partials, Q, H], scratch"""
+    partial_lse: Tensor
+    """float32 [partials, Q], scratch: log2 of the sum of exp2 of the scores"""
+    shares_prefixes: bool
+    """Whether there can be prefix items; without, their kernel is not launched."""

@@ -1,0 +1,21 @@
+"""What the sampler needs to know of each row of logits."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Draws(NamedTuple):
+    """How each of N rows of logits is to be sampled; views of one settings matrix, or tensors of their own.
+
+    All are [N]. The first seven may be strided.
+    """
+
+    temperature: Tensor  # float32; 0 is greedy
+    top_k: Tensor  # int32; 0 is off
+    top_p: Tensor  # float32; 1 is off
+    min_p: Tensor  # float32; 0 is off
+    seed: Tensor  # int64
+    row: Tensor  # int64
+    sample: Tensor  # int32
+    position: Tensor  # int32, contiguous; place in its sequence of the token that is sampled

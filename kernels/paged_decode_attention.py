@@ -1,0 +1,222 @@
+"""Attention of one query a sequence over the paged KV cache, cut into chunks of each sequence's tokens (split KV).
+
+Programs stay on the device for the whole launch and draw chunks, longest first, from a counter: so a batch of unequal
+lengths keeps every multiprocessor busy, and a CUDA graph's fixed grid serves any batch. What it can reach is the speed
+at which K and V are read once.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.decode_work import ITEM_FIELDS, DecodeWork
+from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
+
+_FIELDS = tl.constexpr(ITEM_FIELDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTuning:
+    """Sizes of the kernel; measured in NOTES.md."""
+
+    tile: int = 64
+    """Tokens whose keys and values are read at once."""
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 3
+
+
+def decode_tuning(dtype: torch.dtype, head_size: int) -> DecodeTuning:
+    if dtype == torch.float32 or head_size > 128:
+        return DecodeTuning(tile=32, num_stages=2, programs_per_sm=2)
+    return DecodeTuning()
+
+
+def paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    work: DecodeWork,
+    layer: int,
+    scale: float,
+    out: Tensor,
+    tuning: DecodeTuning | None = None,
+) -> None:
+    """Write to contiguous `out` [B, Q, H] the attention of queries [B, Q, H] over what `work` says.
+
+    Queries are contiguous but for the first dimension. Caches are [blocks, K, S, H], `block_tables` int32 [table rows,
+    W]. Rows that `work` does not name are not written. Prefix items must have run (shared_prefix_attention.py).
+    """
+    num_q_heads, head_size = q.shape[1:]
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group = num_q_heads // num_kv_heads
+    tuning = tuning or decode_tuning(q.dtype, head_size)
+    _decode[(num_programs(q.device) * tuning.programs_per_sm,)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        work.partial_out,
+        work.partial_lse,
+        block_tables,
+        work.items,
+        work.num_items,
+        work.counters[layer:],
+        scale * LOG2_E,
+        q.stride(0),
+        block_tables.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        NUM_KV=num_kv_heads,
+        GROUP=group,
+        GROUP_ROWS=max(16, triton.next_power_of_2(group)),
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        TILE=tuning.tile,
+        STAGES=tuning.num_stages,
+        PRECISION=dot_precision(q.dtype),
+        num_warps=tuning.num_warps,
+    )
+    merge_partials(out, work, num_kv_heads)
+
+
+def merge_partials(out: Tensor, work: DecodeWork, num_kv_heads: int) -> None:
+    """Write to out [B, Q, H] the rows that have partials."""
+    num_q_heads, head_size = out.shape[1:]
+    group = num_q_heads // num_kv_heads
+    grid = min(len(out) * num_kv_heads, num_programs(out.device) * 4)
+    _merge[(grid,)](
+        out,
+        work.partial_out,
+        work.partial_lse,
+        work.merges,
+        work.num_merges,
+        NUM_KV=num_kv_heads,
+        GROUP=group,
+        GROUP_ROWS=triton.next_power_of_2(group),
+        HEAD_SIZE=head_size,
+        num_warps=1,
+    )
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where programs run one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit(do_not_specialize=["q_stride", "table_stride"])
+def _decode(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    tables_ptr,
+    items_ptr,
+    num_items_ptr,
+    counter_ptr,
+    scale,
+    q_stride,
+    table_stride,
+    k_block_stride,
+    v_block_stride,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,  # the matrix unit's 16 rows, of which GROUP are queries
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NUM_Q: tl.constexpr = NUM_KV * GROUP
+    group_row = tl.arange(0, GROUP_ROWS)
+    column = tl.arange(0, HEAD_SIZE)
+    row_mask = group_row[:, None] < GROUP
+    num_work = tl.load(num_items_ptr) * NUM_KV
+    index = tl.program_id(0)
+    while index < num_work:
+        # Drawn now, needed after this item: the counter's latency is hidden.
+        drawn = tl.atomic_add(counter_ptr, 1)
+        item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
+        head = index % NUM_KV
+        row = tl.load(item_ptr).to(tl.int64)
+        table_ptr = tables_ptr + tl.load(item_ptr + 1).to(tl.int64) * table_stride
+        start = tl.load(item_ptr + 2)
+        end = tl.load(item_ptr + 3)
+        partial = tl.load(item_ptr + 4).to(tl.int64)
+        q_head = head * GROUP + group_row
+        place = q_head[:, None] * HEAD_SIZE + column[None, :]
+        q = tl.load(q_ptr + row * q_stride + place, mask=row_mask, other=0.0)
+        best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+        out = tl.zeros([GROUP_ROWS, HEAD_SIZE], tl.float32)
+        # The block ids of a tile are read while the tile before it is at work: with the ids' read inside its own
+        # iteration the pipeline would hold one tile, whatever the number of stages.
+        blocks = block_ids(table_ptr, start + tl.arange(0, TILE), end, BLOCK_SIZE)
+        for first in tl.range(start, end, TILE, num_stages=STAGES):
+            position = first + tl.arange(0, TILE)
+            live = position < end
+            k_at = tile_offsets(blocks, position, head, k_block_stride, BLOCK_SIZE, HEAD_SIZE)
+            k = tl.load(k_ptr + k_at, mask=live[:, None], other=0.0)
+            v_at = tile_offsets(blocks, position, head, v_block_stride, BLOCK_SIZE, HEAD_SIZE)
+            v = tl.load(v_ptr + v_at, mask=live[:, None], other=0.0)
+            blocks = block_ids(table_ptr, position + TILE, end, BLOCK_SIZE)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.where(live[None, :], scores, float("-inf"))
+            best, total, out = softmax_step(scores, v, best, total, out, PRECISION)
+        out = out / total[:, None]
+        if partial < 0:
+            tl.store(out_ptr + row * (NUM_Q * HEAD_SIZE) + place, out.to(out_ptr.dtype.element_ty), mask=row_mask)
+        else:
+            tl.store(partial_out_ptr + partial * (NUM_Q * HEAD_SIZE) + place, out, mask=row_mask)
+            tl.store(partial_lse_ptr + partial * NUM_Q + q_head, best + tl.log2(total), mask=group_row < GROUP)
+        index = drawn + tl.num_programs(0)
+
+
+@triton.jit
+def _merge(
+    out_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    merges_ptr,
+    num_merges_ptr,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Weigh a row's partials by their share of the softmax's sum, in the order of the tokens."""
+    NUM_Q: tl.constexpr = NUM_KV * GROUP
+    group_row = tl.arange(0, GROUP_ROWS)
+    column = tl.arange(0, HEAD_SIZE)
+    mask = group_row < GROUP
+    num_work = tl.load(num_merges_ptr) * NUM_KV
+    for index in tl.range(tl.program_id(0), num_work, tl.num_programs(0)):
+        merge_ptr = merges_ptr + (index // NUM_KV) * 4
+        head = (index % NUM_KV) * GROUP + group_row
+        row = tl.load(merge_ptr).to(tl.int64)
+        first = tl.load(merge_ptr + 1).to(tl.int64)
+        count = tl.load(merge_ptr + 2)
+        place = head[:, None] * HEAD_SIZE + column[None, :]
+        best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+        out = tl.zeros([GROUP_ROWS, HEAD_SIZE], tl.float32)
+        for i in tl.range(0, count, num_stages=3):
+            lse = tl.load(partial_lse_ptr + (first + i) * NUM_Q + head, mask=mask, other=0.0)
+            part = tl.load(partial_out_ptr + (first + i) * (NUM_Q * HEAD_SIZE) + place, mask=mask[:, None], other=0.0)
+            new_best = tl.maximum(best, lse)
+            decay = tl.exp2(best - new_best)
+            weight = tl.exp2(lse - new_best)
+            total = total * decay + weight
+            out = out * decay[:, None] + part * weight[:, None]
+            best = new_best
+        out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * (NUM_Q * HEAD_SIZE) + place, out, mask=mask[:, None])

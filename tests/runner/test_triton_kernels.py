@@ -1,0 +1,103 @@
+"""The engine on the Triton kernels gives the tokens of the reference; without a GPU, in Triton's interpreter."""
+
+from pathlib import Path
+
+import pytest
+
+from nanovllm.sampling_params import SamplingParams
+from tests.checkpoints import write_checkpoint
+from tests.runner.harness import Harness, build
+from tests.runner.test_transformers_parity import random_prompts
+
+# Rows that pad a step to its size hold what their memory held; numpy, in the interpreter, complains of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=6, ignore_eos=True, seed=3)
+PREFIX = random_prompts([64], seed=5)[0]
+PROMPTS = [*random_prompts([1, 15, 17]), *(PREFIX + tail for tail in random_prompts([3, 1, 20, 9], seed=6))]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(directory, hidden_size=64, intermediate_size=96, head_dim=32, num_hidden_layers=2)
+    return directory
+
+
+def tokens(harness: Harness, params: SamplingParams) -> list[list[int]]:
+    return [output.token_ids for output in harness.run(PROMPTS, params)]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    return tokens(build(checkpoint), GREEDY)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("fixed_sizes", [None, [1, 2, 4, 12]])
+def test_greedy_tokens_are_those_of_the_reference(
+    checkpoint: Path, expected: list[list[int]], block_size: int, fixed_sizes: list[int] | None
+) -> None:
+    harness = build(
+        checkpoint,
+        block_size=block_size,
+        kernels="triton",
+        attention="triton",
+        max_num_seqs=12,
+        max_num_batched_tokens=64,
+        fixed_sizes=fixed_sizes,
+    )
+    assert tokens(harness, GREEDY) == expected
+    assert harness.counters.cached_tokens > 0
+    assert harness.counters.chunked_prefills > 0
+    decodes = [event for event in harness.counters.steps if event.schedule.plan.phase == "decode"]
+    padded = {event.result.padded_batch_size for event in decodes}
+    assert fixed_sizes is None or padded <= set(fixed_sizes)
+
+
+def test_preempted_rows_too(checkpoint: Path) -> None:
+    prompts = random_prompts([14] * 5)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    harness = build(checkpoint, kernels="triton", attention="triton", num_blocks=6, max_num_seqs=8, fixed_sizes=[2, 8])
+    got = [output.token_ids for output in harness.run(prompts, params)]
+    assert got == [output.token_ids for output in build(checkpoint).run(prompts, params)]
+    assert harness.counters.preemptions > 0
+
+
+def test_each_choice_alone(checkpoint: Path, expected: list[list[int]]) -> None:
+    assert tokens(build(checkpoint, kernels="triton", attention="reference"), GREEDY) == expected
+    assert tokens(build(checkpoint, kernels="reference", attention="triton"), GREEDY) == expected
+
+
+def test_draws_are_those_of_the_reference(checkpoint: Path) -> None:
+    harness = build(checkpoint, kernels="triton", attention="triton", max_num_seqs=8, fixed_sizes=[8])
+    drawn, wanted = tokens(harness, SAMPLED), tokens(build(checkpoint), SAMPLED)
+    same = sum(a == b for x, y in zip(drawn, wanted, strict=True) for a, b in zip(x, y, strict=True))
+    assert same >= 0.95 * SAMPLED.max_tokens * len(PROMPTS)  # a draw may differ within rounding of a boundary
+
+
+def test_prefixes_that_rows_share_are_read_apart(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm.runner.shared_prefixes.MIN_SAVED_TOKENS", 64)
+    seen = []
+    for sizes in (None, [12]):
+        harness = build(
+            checkpoint,
+            kernels="triton",
+            attention="triton",
+            max_num_seqs=12,
+            max_num_batched_tokens=72,
+            fixed_sizes=sizes,
+        )
+        work = harness.assembly.engine.runner._work  # pyright: ignore[reportAttributeAccessIssue]
+        find = work._find_prefixes
+
+        def spy(*args: object, find=find, work=work) -> None:
+            find(*args)
+            seen.append(sum(len(group.rows) for group in work._groups))
+
+        monkeypatch.setattr(work, "_find_prefixes", spy)
+        assert tokens(harness, GREEDY) == expected
+        assert max(seen) >= 4
