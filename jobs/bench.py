@@ -7,8 +7,8 @@ EXIT_USAGE = 2
 WORKLOAD = "workload="
 
 BENCHMARKS = {
-    "host": ("jobs.bench_host", "host work of a decode step of 256 sequences, without a device"),
-    "kernels": ("jobs.bench_kernels", "each kernel beside its plain torch definition"),
+    "host": ("jobs.bench_host", "host work of decode and prefill steps, without a device"),
+    "kernels": ("jobs.bench_kernels", "each kernel alone, beside torch, flash-attn and the bound"),
     "transformers": (
         "jobs.bench_transformers",
         "the embedded model beside transformers' batched generate, on the bundled prompts",
@@ -22,7 +22,11 @@ def main(words: list[str]) -> int:
     if len(words) != 1 or words[0] not in BENCHMARKS:
         print(_usage(words), file=sys.stderr)
         return EXIT_USAGE
-    importlib.import_module(BENCHMARKS[words[0]][0]).run()
+    try:
+        importlib.import_module(BENCHMARKS[words[0]][0]).run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     return 0
 
 

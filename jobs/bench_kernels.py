@@ -1,6 +1,6 @@
-"""Each kernel alone, in Qwen3-0.6B's shapes: time, bandwidth or FLOP/s, share of the bound, beside torch and flash-attn.
+"""Each kernel alone, in Qwen3-0.6B's shapes: time, bandwidth or FLOP/s, share of the bound; others beside.
 
-Timed as replays of a CUDA graph that holds several calls on different inputs, so that neither launches nor the L2 count.
+Timed as replays of a CUDA graph of several calls on different inputs, so that neither launches nor the L2 count.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jobs.roofline import GPUS
 from kernels import reference
-from kernels.decode_work import DecodeWork
+from kernels.attention_work import DecodeWork, PrefillWork
 from kernels.draws import Draws
 from kernels.norm_rotary_store import norm_rotary_store
 from kernels.paged_decode_attention import decode_tuning, num_programs, paged_decode_attention
@@ -300,13 +300,22 @@ def _prefill_case(cached: list[int], lengths: list[int], **tuning: object) -> Ca
     if tuning:
         most = tuning["tuning"].rows // (HEADS // KV_HEADS)  # pyright: ignore[reportAttributeAccessIssue]
     items = prefill_items(np.array(lengths), np.array(cached), np.arange(len(lengths)), most)
-    work = torch.as_tensor(items, device="cuda")
+    work = PrefillWork(
+        items=torch.as_tensor(items, device="cuda"),
+        num_items=torch.tensor([len(items)], dtype=torch.int32),
+        counters=torch.zeros(1, dtype=torch.int32),
+    )
+
+    def call() -> None:
+        work.counters.zero_()
+        paged_prefill_attention(q, k_cache, v_cache, tables, work, 0, HEAD_SIZE**-0.5, out, **tuning)  # pyright: ignore[reportArgumentType]
+
     pairs = sum(n * c + n * (n + 1) // 2 for c, n in zip(cached, lengths, strict=True))
     return Case(
         name=f"prefill attention {len(lengths)} x {lengths[0]}" + (f" behind {cached[0]}" if cached[0] else ""),
         num_bytes=2 * q.nbytes + sum(contexts) * KV_BYTES,
         flops=4.0 * HEADS * HEAD_SIZE * pairs,
-        ours=[lambda: paged_prefill_attention(q, k_cache, v_cache, tables, work, HEAD_SIZE**-0.5, out, **tuning)],  # pyright: ignore[reportArgumentType]
+        ours=[call],
         others={} if tuning else _flash_prefill(q, contexts, lengths),
     )
 

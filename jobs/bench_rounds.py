@@ -22,6 +22,7 @@ from nanovllm.config import LLMConfig
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.events import Recorder, RequestEvent, StepEvent
 from nanovllm.models.model_config import Qwen3Config
+from nanovllm.quiet_gc import collector_kept_out
 from nanovllm.sampling_params import ResolvedSampling
 
 
@@ -66,7 +67,7 @@ def run_round(assembly: Assembly, load: Workload, *, seed: int, temperature: flo
         flight = ParquetRecorder(Path(directory)) if with_recorder else None
         recorders: list[Recorder] = [totals] if flight is None else [totals, flight]
         try:
-            with _attached(assembly.engine, recorders), _collector_kept_out():
+            with _attached(assembly.engine, recorders), collector_kept_out():
                 start = time.perf_counter()
                 num_tokens = _answer(assembly.engine, load, sampling)
                 seconds = time.perf_counter() - start
@@ -109,17 +110,6 @@ def _attached(engine: LLMEngine, recorders: list[Recorder]) -> Iterator[None]:
         yield
     finally:
         engine.recorders[:] = before
-
-
-@contextmanager
-def _collector_kept_out() -> Iterator[None]:
-    """What is there already, prompts above all, is not looked through again while time is taken."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from jobs.stop import StopRequest
 from jobs.writer import FailureWriter, Generation, GenerationWriter
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.errors import PromptError
+from nanovllm.quiet_gc import collector_kept_out
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ class GenerateLoop:
         for recorder in self._engine.recorders:
             recorder.on_start(None, None, self._source)
         try:
-            while self._feed(stop) or self._engine.has_work():
-                for output in self._engine.step():
-                    self._finish(output)
-                self._generations.flush()
-                self._show_progress()
-                stop.check()
+            with collector_kept_out() as between_steps:
+                while self._feed(stop) or self._engine.has_work():
+                    for output in self._engine.step():
+                        self._finish(output)
+                    self._generations.flush()
+                    self._show_progress()
+                    stop.check()
+                    between_steps()
             self._show_progress()
         except BaseException as error:
             self._give_up(error)

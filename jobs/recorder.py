@@ -11,7 +11,7 @@ from jobs.record_encoding import encode_block_events, encode_requests, encode_st
 from jobs.record_parts import PartWriter, read_records
 from jobs.record_schemas import TABLES
 from jobs.shared_prefix import NO_SHARED_PREFIX, SharedPrefix, SharedPrefixIndex
-from nanovllm.events import ArrivalEvent, BlockEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import ArrivalEvent, BlockEvents, Recorder, RequestEvent, ScheduleEvent, StepEvent
 
 __all__ = ["ParquetRecorder", "RecorderError", "read_records"]
 
@@ -20,18 +20,22 @@ MAX_PENDING = 2**21
 """Values that wait for the writer before the engine waits too: up to 60 MB."""
 WAKE_AT = 2**16
 """Values that are worth a turn of the writer: about 160 decode steps of 256 sequences."""
-ITEMS_AT_ONCE = 256
-"""Items that are encoded in one go, in some 3 ms, for which the step loop may be held up."""
+# The step loop may have to wait for the interpreter while the writer's thread is at it: a go should take about 1 ms.
+ITEMS_AT_ONCE = 64
+"""Items that are taken over, and steps or requests that are encoded, in one go."""
+BLOCK_EVENTS_AT_ONCE = 2**15
+"""Block events that are encoded in one go."""
 PAUSE_S = 0.0005
 """Between two goes, so that the step loop gets the interpreter at once and not after its switch interval."""
-MAX_ENCODED_BYTES = 2**25
-"""Encoded and not yet on disk; beyond this a part is written early."""
+MAX_UNWRITTEN_BYTES = 2**25
+"""Taken over and not yet on disk; beyond this a part is written early."""
 
 _OVERHEAD = 64
+_STEP_BYTES, _ROW_BYTES, _REQUEST_BYTES = 256, 32, 256
 _PER_BLOCK_EVENT = 8
 
-_BlockEvents = tuple[int, tuple[BlockEvent, ...]]
-_Item = StepEvent | ArrivalEvent | RequestEvent | _BlockEvents
+_StepBlockEvents = tuple[int, BlockEvents]
+_Item = StepEvent | ArrivalEvent | RequestEvent | _StepBlockEvents
 
 
 class RecorderError(RuntimeError):
@@ -90,7 +94,7 @@ class ParquetRecorder(Recorder):
     def on_request(self, event: RequestEvent) -> None:
         self._append(event, _OVERHEAD)
 
-    def on_abort(self, step: int, block_events: tuple[BlockEvent, ...]) -> None:
+    def on_abort(self, step: int, block_events: BlockEvents) -> None:
         if block_events:
             self._append((step, block_events), _PER_BLOCK_EVENT * len(block_events))
 
@@ -142,9 +146,9 @@ class ParquetRecorder(Recorder):
             items, is_last = self._take(deadline)
             for start in range(0, len(items), ITEMS_AT_ONCE):
                 self._tables.add(items[start : start + ITEMS_AT_ONCE])
-                if self._tables.num_bytes >= MAX_ENCODED_BYTES:
-                    self._tables.flush()
                 time.sleep(PAUSE_S)
+                if self._tables.num_bytes >= MAX_UNWRITTEN_BYTES:
+                    self._tables.flush()
             if is_last or time.monotonic() >= deadline:
                 deadline = time.monotonic() + self._flush_s
                 self._tables.flush()
@@ -163,50 +167,89 @@ class ParquetRecorder(Recorder):
 
 
 class _Tables:
-    """Encoded rows of the three tables until they are written; used by one thread at a time."""
+    """Rows of the three tables until they are written; used by one thread at a time.
+
+    A go of encoding costs some 0.1 ms whatever it encodes, so it waits until there is enough of a kind, or until what
+    there is shall be written.
+    """
 
     def __init__(self, records: Path, *, replica: int, attempt: int) -> None:
         self.num_bytes = 0
-        """Encoded and not yet written."""
+        """Not yet written, about."""
         self._origin = {"replica": replica, "attempt": attempt}
         self._shared_prefixes = SharedPrefixIndex()
         self._shared_by_seq_id: dict[int, SharedPrefix] = {}
+        self._steps: list[StepEvent] = []
+        self._blocks: list[_StepBlockEvents] = []
+        self._num_block_events = 0
+        self._requests: list[tuple[RequestEvent, SharedPrefix]] = []
         self._batches: dict[str, list[pa.RecordBatch]] = {table: [] for table in TABLES}
         self._writers = {table: PartWriter(records, table, **self._origin) for table in TABLES}
         for writer in self._writers.values():
             writer.write([])  # the table opens from the first instant on, whatever happens next
 
     def add(self, items: list[_Item]) -> None:
-        """Encode items in the order in which they happened."""
-        steps: list[StepEvent] = []
-        blocks: list[_BlockEvents] = []
-        requests: list[tuple[RequestEvent, SharedPrefix]] = []
+        """Take over items in the order in which they happened."""
         for item in items:
             if isinstance(item, StepEvent):
-                steps.append(item)
-                blocks.append((item.schedule.plan.step, item.block_events))
+                self._steps.append(item)
+                self.num_bytes += _num_bytes(item)
+                self._add_block_events(item.schedule.plan.step, item.block_events)
             elif isinstance(item, RequestEvent):
-                requests.append((item, self._shared_by_seq_id.pop(item.seq_id, NO_SHARED_PREFIX)))
+                self._requests.append((item, self._shared_by_seq_id.pop(item.seq_id, NO_SHARED_PREFIX)))
+                self.num_bytes += _REQUEST_BYTES
             elif isinstance(item, ArrivalEvent):
                 self._shared_by_seq_id[item.seq_id] = self._shared_prefixes.add(item.row, item.prompt_token_ids)
             else:
-                blocks.append(item)
-        if blocks:
-            self._keep("block_events", encode_block_events(blocks, **self._origin))
-        if steps:
-            self._keep("steps", encode_steps(steps, **self._origin))
-        if requests:
-            self._keep("requests", encode_requests(requests, **self._origin))
+                self._add_block_events(*item)
+        if len(self._steps) >= ITEMS_AT_ONCE:
+            self._encode_steps()
+        if len(self._requests) >= ITEMS_AT_ONCE:
+            self._encode_requests()
+        if self._num_block_events >= BLOCK_EVENTS_AT_ONCE:
+            self._encode_block_events()
 
     def flush(self) -> None:
-        """Write what has been encoded, a part for each table that has rows."""
+        """Encode what is left and write what there is."""
+        self.encode()
+        self.write()
+
+    def encode(self) -> None:
+        self._encode_block_events()
+        self._encode_steps()
+        self._encode_requests()
+
+    def write(self) -> None:
+        """A part for each table that has encoded rows."""
         for table, batches in self._batches.items():
             if batches:
                 self._writers[table].write(batches)
                 self._batches[table] = []
         self.num_bytes = 0
 
-    def _keep(self, table: str, batch: pa.RecordBatch) -> None:
-        if batch.num_rows:
-            self._batches[table].append(batch)
-            self.num_bytes += batch.nbytes
+    def _add_block_events(self, step: int, events: BlockEvents) -> None:
+        if events:
+            self._blocks.append((step, events))
+            self._num_block_events += len(events)
+            self.num_bytes += events.rows.nbytes
+
+    def _encode_steps(self) -> None:
+        if self._steps:
+            self._batches["steps"].append(encode_steps(self._steps, **self._origin))
+            self._steps = []
+
+    def _encode_block_events(self) -> None:
+        if self._blocks:
+            self._batches["block_events"].append(encode_block_events(self._blocks, **self._origin))
+            self._blocks, self._num_block_events = [], 0
+
+    def _encode_requests(self) -> None:
+        if self._requests:
+            self._batches["requests"].append(encode_requests(self._requests, **self._origin))
+            self._requests = []
+
+
+def _num_bytes(event: StepEvent) -> int:
+    """About what a step takes, encoded or not, without its block events."""
+    plan = event.schedule.plan
+    return _STEP_BYTES + _ROW_BYTES * len(plan.seq_ids) + plan.prefill_token_ids.nbytes

@@ -84,6 +84,8 @@ class SharedPrefixIndex:
 
 
 def _common_tokens(first: bytes, second: bytes) -> int:
+    if first[:4] != second[:4]:
+        return 0
     length = min(len(first), len(second)) // 4
     differs = np.frombuffer(first, "<u4", length) != np.frombuffer(second, "<u4", length)
     place = int(differs.argmax()) if length else 0

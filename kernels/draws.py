@@ -8,7 +8,8 @@ from torch import Tensor
 class Draws(NamedTuple):
     """How each of N rows of logits is to be sampled; views of one settings matrix, or tensors of their own.
 
-    All are [N]. The first seven may be strided.
+    All are [N], and the first seven may be strided. With `slot`, these seven have one entry for each slot of an engine
+    instead, and row n's is at slot[n].
     """
 
     temperature: Tensor  # float32; 0 is greedy
@@ -19,3 +20,11 @@ class Draws(NamedTuple):
     row: Tensor  # int64
     sample: Tensor  # int32
     position: Tensor  # int32, contiguous; place in its sequence of the token that is sampled
+    slot: Tensor | None = None  # int64, contiguous
+
+    def by_row(self) -> "Draws":
+        """The same without slots."""
+        if self.slot is None:
+            return self
+        settings = (setting[self.slot] for setting in self[:7])
+        return Draws(*settings, position=self.position)

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent_launch, overlap_next, wait_for_previous
+
 
 def norm_rotary_store(
     qkv: Tensor,
@@ -44,6 +46,7 @@ def norm_rotary_store(
             Q_ROWS=triton.next_power_of_2(num_q_heads),
             KV_ROWS=triton.next_power_of_2(num_kv_heads),
             num_warps=4,
+            **dependent_launch(qkv.device),
         )
     return qkv[:, :num_q_heads]
 
@@ -67,8 +70,10 @@ def _norm_rotary_store(
     BLOCK_SIZE: tl.constexpr,
     Q_ROWS: tl.constexpr,
     KV_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program for a token's queries, one for its keys and values."""
+    overlap_next(PDL)
     HEAD_SIZE: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     token_ptr = qkv_ptr + token * ((NUM_Q + 2 * NUM_KV) * HEAD_SIZE)
@@ -80,11 +85,13 @@ def _norm_rotary_store(
         q_head = tl.arange(0, Q_ROWS)[:, None]
         q_at = token_ptr + q_head * HEAD_SIZE + column[None, :]
         q_mask = (q_head < NUM_Q) & (column[None, :] < HALF)
+        wait_for_previous(PDL)
         q_first, q_second = _norm_rotate(q_at, q_mask, q_weight_ptr, column, cos, sin, eps, HALF)
         tl.store(q_at, q_first, mask=q_mask)
         tl.store(q_at + HALF, q_second, mask=q_mask)
     else:
         slot = tl.load(slots_ptr + token)
+        wait_for_previous(PDL)
         if slot >= 0:
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             head = tl.arange(0, KV_ROWS)[:, None]

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_work import ITEM_FIELDS, DecodeWork
+from kernels.attention_work import ITEM_FIELDS, DecodeWork
+from kernels.launch import dependent_launch, overlap_next, wait_for_previous
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -23,16 +24,21 @@ _FIELDS = tl.constexpr(ITEM_FIELDS)
 class DecodeTuning:
     """Sizes of the kernel; measured in NOTES.md."""
 
-    tile: int = 64
+    tile: int = 32
     """Tokens whose keys and values are read at once."""
-    num_warps: int = 4
+    num_warps: int = 2
     num_stages: int = 3
-    programs_per_sm: int = 3
+    programs_per_sm: int = 6
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most, for that many programs to be resident."""
+        return min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)
 
 
 def decode_tuning(dtype: torch.dtype, head_size: int) -> DecodeTuning:
     if dtype == torch.float32 or head_size > 128:
-        return DecodeTuning(tile=32, num_stages=2, programs_per_sm=2)
+        return DecodeTuning(num_warps=4, num_stages=2, programs_per_sm=2)
     return DecodeTuning()
 
 
@@ -52,6 +58,7 @@ def paged_decode_attention(
     Queries are contiguous but for the first dimension. Caches are [blocks, K, S, H], `block_tables` int32 [table rows,
     W]. Rows that `work` does not name are not written. Prefix items must have run (shared_prefix_attention.py).
     """
+    assert k_cache.stride() == v_cache.stride()
     num_q_heads, head_size = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
@@ -71,7 +78,6 @@ def paged_decode_attention(
         q.stride(0),
         block_tables.stride(0),
         k_cache.stride(0),
-        v_cache.stride(0),
         NUM_KV=num_kv_heads,
         GROUP=group,
         GROUP_ROWS=max(16, triton.next_power_of_2(group)),
@@ -80,7 +86,10 @@ def paged_decode_attention(
         TILE=tuning.tile,
         STAGES=tuning.num_stages,
         PRECISION=dot_precision(q.dtype),
+        HAS_PREFIXES=work.shares_prefixes,
         num_warps=tuning.num_warps,
+        maxnreg=tuning.registers if work.shares_prefixes else None,  # without, as few without being told
+        **dependent_launch(q.device),
     )
     merge_partials(out, work, num_kv_heads)
 
@@ -101,6 +110,7 @@ def merge_partials(out: Tensor, work: DecodeWork, num_kv_heads: int) -> None:
         GROUP_ROWS=triton.next_power_of_2(group),
         HEAD_SIZE=head_size,
         num_warps=1,
+        **dependent_launch(out.device),
     )
 
 
@@ -110,7 +120,7 @@ def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@triton.jit(do_not_specialize=["q_stride", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode(
     q_ptr,
     k_ptr,
@@ -125,8 +135,7 @@ def _decode(
     scale,
     q_stride,
     table_stride,
-    k_block_stride,
-    v_block_stride,
+    block_stride,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,  # the matrix unit's 16 rows, of which GROUP are queries
@@ -135,50 +144,93 @@ def _decode(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_PREFIXES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap_next(PDL)
     NUM_Q: tl.constexpr = NUM_KV * GROUP
     group_row = tl.arange(0, GROUP_ROWS)
     column = tl.arange(0, HEAD_SIZE)
     row_mask = group_row[:, None] < GROUP
     num_work = tl.load(num_items_ptr) * NUM_KV
+    programs = tl.num_programs(0)
+    # Two rounds are dealt out, the second in reverse, so that who begins with the longest goes on with the shortest;
+    # what is left is drawn from the counter. Numbers are known two items ahead and items one: nobody waits for either.
     index = tl.program_id(0)
+    next_index = 2 * programs - 1 - index
+    row, slot, start, end, partial = _item(items_ptr, index, num_work, NUM_KV)
+    blocks = _first_blocks(tables_ptr, slot, table_stride, start, end, TILE, BLOCK_SIZE)
+    wait_for_previous(PDL)
     while index < num_work:
-        # Drawn now, needed after this item: the counter's latency is hidden.
-        drawn = tl.atomic_add(counter_ptr, 1)
-        item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
+        drawn = tl.atomic_add(counter_ptr, 1) + 2 * programs
+        next_row, next_slot, next_start, next_end, next_partial = _item(items_ptr, next_index, num_work, NUM_KV)
         head = index % NUM_KV
-        row = tl.load(item_ptr).to(tl.int64)
-        table_ptr = tables_ptr + tl.load(item_ptr + 1).to(tl.int64) * table_stride
-        start = tl.load(item_ptr + 2)
-        end = tl.load(item_ptr + 3)
-        partial = tl.load(item_ptr + 4).to(tl.int64)
+        table_ptr = tables_ptr + slot.to(tl.int64) * table_stride
         q_head = head * GROUP + group_row
         place = q_head[:, None] * HEAD_SIZE + column[None, :]
-        q = tl.load(q_ptr + row * q_stride + place, mask=row_mask, other=0.0)
+        q = tl.load(q_ptr + row.to(tl.int64) * q_stride + place, mask=row_mask, other=0.0)
         best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         out = tl.zeros([GROUP_ROWS, HEAD_SIZE], tl.float32)
+        if HAS_PREFIXES:
+            item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
+            before = tl.load(item_ptr + 5)
+            for i in tl.range(0, tl.load(item_ptr + 6)):
+                at = (before + i).to(tl.int64) * NUM_Q
+                lse = tl.load(partial_lse_ptr + at + q_head, mask=group_row < GROUP, other=0.0)
+                part = tl.load(partial_out_ptr + at * HEAD_SIZE + place, mask=row_mask, other=0.0)
+                best, total, out = _add_partial(best, total, out, lse, part)
         # The block ids of a tile are read while the tile before it is at work: with the ids' read inside its own
         # iteration the pipeline would hold one tile, whatever the number of stages.
-        blocks = block_ids(table_ptr, start + tl.arange(0, TILE), end, BLOCK_SIZE)
         for first in tl.range(start, end, TILE, num_stages=STAGES):
             position = first + tl.arange(0, TILE)
             live = position < end
-            k_at = tile_offsets(blocks, position, head, k_block_stride, BLOCK_SIZE, HEAD_SIZE)
-            k = tl.load(k_ptr + k_at, mask=live[:, None], other=0.0)
-            v_at = tile_offsets(blocks, position, head, v_block_stride, BLOCK_SIZE, HEAD_SIZE)
-            v = tl.load(v_ptr + v_at, mask=live[:, None], other=0.0)
+            at = tile_offsets(blocks, position, head, block_stride, BLOCK_SIZE, HEAD_SIZE)
+            k = tl.load(k_ptr + at, mask=live[:, None], other=0.0)
+            v = tl.load(v_ptr + at, mask=live[:, None], other=0.0)
             blocks = block_ids(table_ptr, position + TILE, end, BLOCK_SIZE)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = tl.where(live[None, :], scores, float("-inf"))
-            best, total, out = softmax_step(scores, v, best, total, out, PRECISION)
+            best, total, out = softmax_step(scores, scale, v, best, total, out, PRECISION)
+        blocks = _first_blocks(tables_ptr, next_slot, table_stride, next_start, next_end, TILE, BLOCK_SIZE)
         out = out / total[:, None]
         if partial < 0:
-            tl.store(out_ptr + row * (NUM_Q * HEAD_SIZE) + place, out.to(out_ptr.dtype.element_ty), mask=row_mask)
+            out_at = row.to(tl.int64) * (NUM_Q * HEAD_SIZE) + place
+            tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=row_mask)
         else:
-            tl.store(partial_out_ptr + partial * (NUM_Q * HEAD_SIZE) + place, out, mask=row_mask)
-            tl.store(partial_lse_ptr + partial * NUM_Q + q_head, best + tl.log2(total), mask=group_row < GROUP)
-        index = drawn + tl.num_programs(0)
+            out_at = partial.to(tl.int64) * (NUM_Q * HEAD_SIZE) + place
+            tl.store(partial_out_ptr + out_at, out, mask=row_mask)
+            lse = best + tl.log2(total)
+            tl.store(partial_lse_ptr + partial.to(tl.int64) * NUM_Q + q_head, lse, mask=group_row < GROUP)
+        index, next_index = next_index, drawn
+        row, slot, start, end, partial = next_row, next_slot, next_start, next_end, next_partial
+
+
+@triton.jit
+def _first_blocks(tables_ptr, slot, table_stride, start, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block ids of an item's first tile."""
+    return block_ids(tables_ptr + slot.to(tl.int64) * table_stride, start + tl.arange(0, TILE), end, BLOCK_SIZE)
+
+
+@triton.jit
+def _item(items_ptr, index, num_work, NUM_KV: tl.constexpr):
+    """Row of q, row of the tables, first and end token, partial."""
+    live = index < num_work
+    item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
+    row = tl.load(item_ptr, mask=live, other=0)
+    slot = tl.load(item_ptr + 1, mask=live, other=0)
+    start = tl.load(item_ptr + 2, mask=live, other=0)
+    end = tl.load(item_ptr + 3, mask=live, other=0)
+    partial = tl.load(item_ptr + 4, mask=live, other=0)
+    return row, slot, start, end, partial
+
+
+@triton.jit
+def _add_partial(best, total, out, lse, part):
+    """Weigh a partial by its share of the softmax's sum."""
+    new_best = tl.maximum(best, lse)
+    decay, weight = tl.exp2(best - new_best), tl.exp2(lse - new_best)
+    return new_best, total * decay + weight, out * decay[:, None] + part * weight[:, None]
 
 
 @triton.jit
@@ -192,13 +244,16 @@ def _merge(
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Weigh a row's partials by their share of the softmax's sum, in the order of the tokens."""
+    """Add up a row's partials in the order of the tokens."""
+    overlap_next(PDL)
     NUM_Q: tl.constexpr = NUM_KV * GROUP
     group_row = tl.arange(0, GROUP_ROWS)
     column = tl.arange(0, HEAD_SIZE)
     mask = group_row < GROUP
     num_work = tl.load(num_merges_ptr) * NUM_KV
+    wait_for_previous(PDL)
     for index in tl.range(tl.program_id(0), num_work, tl.num_programs(0)):
         merge_ptr = merges_ptr + (index // NUM_KV) * 4
         head = (index % NUM_KV) * GROUP + group_row
@@ -212,11 +267,6 @@ def _merge(
         for i in tl.range(0, count, num_stages=3):
             lse = tl.load(partial_lse_ptr + (first + i) * NUM_Q + head, mask=mask, other=0.0)
             part = tl.load(partial_out_ptr + (first + i) * (NUM_Q * HEAD_SIZE) + place, mask=mask[:, None], other=0.0)
-            new_best = tl.maximum(best, lse)
-            decay = tl.exp2(best - new_best)
-            weight = tl.exp2(lse - new_best)
-            total = total * decay + weight
-            out = out * decay[:, None] + part * weight[:, None]
-            best = new_best
+            best, total, out = _add_partial(best, total, out, lse, part)
         out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * (NUM_Q * HEAD_SIZE) + place, out, mask=mask[:, None])

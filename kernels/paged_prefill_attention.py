@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_work import ITEM_FIELDS
+from kernels.attention_work import ITEM_FIELDS, PrefillWork
+from kernels.launch import dependent_launch, overlap_next, wait_for_previous
+from kernels.paged_decode_attention import num_programs
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -23,6 +25,7 @@ class PrefillTuning:
     """Keys at once."""
     num_warps: int = 8
     num_stages: int = 3
+    programs_per_sm: int = 1
 
 
 def prefill_tuning(dtype: torch.dtype, head_size: int) -> PrefillTuning:
@@ -41,33 +44,35 @@ def paged_prefill_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables: Tensor,
-    items: Tensor,
+    work: PrefillWork,
+    layer: int,
     scale: float,
     out: Tensor,
     tuning: PrefillTuning | None = None,
 ) -> None:
     """Write to contiguous `out` [T, Q, H] the attention of packed queries [T, Q, H]; each sees keys up to its own.
 
-    Queries are contiguous but for the first dimension. Caches are [blocks, K, S, H], `block_tables` int32 [table rows, W]. `items`, int32 [N, ITEM_FIELDS], cover the
-    queries: (first query, queries, row of the block tables, position of the first query in its sequence), at most
-    tokens_per_item queries each.
+    Queries are contiguous but for the first dimension. Caches are [blocks, K, S, H], `block_tables` int32 [table rows,
+    W]. An item of `work` has at most tokens_per_item queries; output of queries that none names is not written.
     """
+    assert k_cache.stride() == v_cache.stride()
     num_q_heads, head_size = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
     tuning = tuning or prefill_tuning(q.dtype, head_size)
-    _prefill[(num_kv_heads, len(items))](
+    _prefill[(num_programs(q.device) * tuning.programs_per_sm,)](
         q,
         k_cache,
         v_cache,
         out,
         block_tables,
-        items,
+        work.items,
+        work.num_items,
+        work.counters[layer:],
         scale * LOG2_E,
         q.stride(0),
         block_tables.stride(0),
         k_cache.stride(0),
-        v_cache.stride(0),
         NUM_KV=num_kv_heads,
         GROUP=group,
         ROWS=max(tuning.rows, triton.next_power_of_2(group)),
@@ -77,10 +82,11 @@ def paged_prefill_attention(
         STAGES=tuning.num_stages,
         PRECISION=dot_precision(q.dtype),
         num_warps=tuning.num_warps,
+        **dependent_launch(q.device),
     )
 
 
-@triton.jit(do_not_specialize=["q_stride", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
     q_ptr,
     k_ptr,
@@ -88,11 +94,12 @@ def _prefill(
     out_ptr,
     tables_ptr,
     items_ptr,
+    num_items_ptr,
+    counter_ptr,
     scale,
     q_stride,
     table_stride,
-    k_block_stride,
-    v_block_stride,
+    block_stride,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -101,47 +108,61 @@ def _prefill(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One item and KV head: first the keys that every query of the tile sees, then those at the diagonal."""
+    """Of each item and KV head first the keys that every query of the tile sees, then those at the diagonal."""
+    overlap_next(PDL)
     NUM_Q: tl.constexpr = NUM_KV * GROUP
-    head = tl.program_id(0)
-    item_ptr = items_ptr + tl.program_id(1) * _FIELDS
-    first_query = tl.load(item_ptr)
-    num_queries = tl.load(item_ptr + 1)
-    table_ptr = tables_ptr + tl.load(item_ptr + 2).to(tl.int64) * table_stride
-    first_position = tl.load(item_ptr + 3)
-    end = first_position + num_queries
     column = tl.arange(0, HEAD_SIZE)
     tile_row = tl.arange(0, ROWS)
     token = tile_row // GROUP
-    mask = (token < num_queries)[:, None]
-    q_head = head * GROUP + tile_row % GROUP
-    query = (first_query + token).to(tl.int64)
-    q = tl.load(q_ptr + (query * q_stride + q_head * HEAD_SIZE)[:, None] + column[None, :], mask=mask, other=0.0)
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, HEAD_SIZE], tl.float32)
-    seen_by_all = (first_position + 1) // TILE * TILE
-    blocks = block_ids(table_ptr, tl.arange(0, TILE), end, BLOCK_SIZE)
-    for first in tl.range(0, seen_by_all, TILE, num_stages=STAGES):
-        position = first + tl.arange(0, TILE)
-        k = tl.load(k_ptr + tile_offsets(blocks, position, head, k_block_stride, BLOCK_SIZE, HEAD_SIZE))
-        v = tl.load(v_ptr + tile_offsets(blocks, position, head, v_block_stride, BLOCK_SIZE, HEAD_SIZE))
-        blocks = block_ids(table_ptr, position + TILE, end, BLOCK_SIZE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        best, total, out = softmax_step(scores, v, best, total, out, PRECISION)
-    for first in tl.range(seen_by_all, end, TILE, num_stages=STAGES):
-        position = first + tl.arange(0, TILE)
-        live = (position < end)[:, None]
-        k = tl.load(
-            k_ptr + tile_offsets(blocks, position, head, k_block_stride, BLOCK_SIZE, HEAD_SIZE), mask=live, other=0.0
-        )
-        v = tl.load(
-            v_ptr + tile_offsets(blocks, position, head, v_block_stride, BLOCK_SIZE, HEAD_SIZE), mask=live, other=0.0
-        )
-        blocks = block_ids(table_ptr, position + TILE, end, BLOCK_SIZE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = tl.where(position[None, :] <= first_position + token[:, None], scores, float("-inf"))
-        best, total, out = softmax_step(scores, v, best, total, out, PRECISION)
-    out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + ((query * NUM_Q + q_head) * HEAD_SIZE)[:, None] + column[None, :], out, mask=mask)
+    num_work = tl.load(num_items_ptr) * NUM_KV
+    programs = tl.num_programs(0)
+    # Dealt out and drawn as in paged_decode_attention.py.
+    index = tl.program_id(0)
+    next_index = 2 * programs - 1 - index
+    first_query, num_queries, slot, first_position = _item(items_ptr, index, num_work, NUM_KV)
+    tile = tl.arange(0, TILE)
+    blocks = block_ids(tables_ptr + slot.to(tl.int64) * table_stride, tile, first_position + num_queries, BLOCK_SIZE)
+    wait_for_previous(PDL)
+    while index < num_work:
+        drawn = tl.atomic_add(counter_ptr, 1) + 2 * programs
+        next_query, next_queries, next_slot, next_position = _item(items_ptr, next_index, num_work, NUM_KV)
+        head = index % NUM_KV
+        table_ptr = tables_ptr + slot.to(tl.int64) * table_stride
+        end = first_position + num_queries
+        mask = (token < num_queries)[:, None]
+        q_head = head * GROUP + tile_row % GROUP
+        query = (first_query + token).to(tl.int64)
+        q = tl.load(q_ptr + (query * q_stride + q_head * HEAD_SIZE)[:, None] + column[None, :], mask=mask, other=0.0)
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, HEAD_SIZE], tl.float32)
+        for first in tl.range(0, end, TILE, num_stages=STAGES):
+            position = first + tile
+            at = tile_offsets(blocks, position, head, block_stride, BLOCK_SIZE, HEAD_SIZE)
+            k = tl.load(k_ptr + at)
+            v = tl.load(v_ptr + at, mask=(position < end)[:, None], other=0.0)
+            blocks = block_ids(table_ptr, position + TILE, end, BLOCK_SIZE)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if first + TILE > first_position:  # at the diagonal
+                scores = tl.where(position[None, :] <= first_position + token[:, None], scores, float("-inf"))
+            best, total, out = softmax_step(scores, scale, v, best, total, out, PRECISION)
+        next_table_ptr = tables_ptr + next_slot.to(tl.int64) * table_stride
+        blocks = block_ids(next_table_ptr, tile, next_position + next_queries, BLOCK_SIZE)
+        out_at = ((query * NUM_Q + q_head) * HEAD_SIZE)[:, None] + column[None, :]
+        tl.store(out_ptr + out_at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        index, next_index = next_index, drawn
+        first_query, num_queries, slot, first_position = next_query, next_queries, next_slot, next_position
+
+
+@triton.jit
+def _item(items_ptr, index, num_work, NUM_KV: tl.constexpr):
+    """First query, queries, row of the tables, position of the first query."""
+    live = index < num_work
+    item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
+    first_query = tl.load(item_ptr, mask=live, other=0)
+    num_queries = tl.load(item_ptr + 1, mask=live, other=0)
+    slot = tl.load(item_ptr + 2, mask=live, other=0)
+    first_position = tl.load(item_ptr + 3, mask=live, other=0)
+    return first_query, num_queries, slot, first_position

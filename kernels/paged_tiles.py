@@ -31,13 +31,14 @@ def tile_offsets(blocks, position, head, block_stride, BLOCK_SIZE: tl.constexpr,
 
 
 @triton.jit
-def softmax_step(scores, v, best, total, out, PRECISION: tl.constexpr):
-    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over scores [R, TILE].
+def softmax_step(scores, scale, v, best, total, out, PRECISION: tl.constexpr):
+    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over products q k [R, TILE].
 
-    `best` and `total` are [R], `out` [R, H]; every row has had at least one finite score by the end of the step.
+    `best`, of scaled scores, and `total` are [R], `out` [R, H]; every row has had at least one finite score by the end
+    of the step. The scale (above 0) is applied inside the exponent, where it costs no instruction of its own.
     """
-    new_best = tl.maximum(best, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_best[:, None])
+    new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_best[:, None])
     decay = tl.exp2(best - new_best)
     total = total * decay + tl.sum(weights, 1)
     out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=PRECISION)

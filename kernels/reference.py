@@ -21,6 +21,12 @@ KEY_CHUNK = 64
 _QUERY_ROW_MULTIPLE = 8
 
 
+def embed(ids: Tensor, weight: Tensor, last_tokens: Tensor) -> Tensor:
+    """Rows of weight [V, D] for integers ids [T]; an id below 0 stands for last_tokens[-1 - id]."""
+    ids = torch.where(ids < 0, last_tokens[(-1 - ids).clamp(min=0)].to(ids.dtype), ids)
+    return F.embedding(ids, weight)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[N, in] times the transpose of [out, in]."""
     return F.linear(x, weight)
@@ -176,8 +182,10 @@ def _attend(q: Tensor, limits: Tensor, k_cache: Tensor, v_cache: Tensor, tables:
     return (out / total).to(k_cache.dtype)
 
 
-def sample(logits: Tensor, draws: Draws) -> Tensor:
+def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> Tensor:
     """One token of each row of [N, V] logits; int64 [N], -1 where a row is not finite.
+
+    Where `last_tokens` (integers [slots]) is given, the row's slot in it is set to the token, or to 0 for a -1.
 
     Temperature 0 is greedy (the lowest id among equals). Filters apply in this order, each to what the one before
     left: top_k (exactly k tokens, lower ids first among equals; 0 is off), top_p (the fewest likeliest tokens that
@@ -186,13 +194,17 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
 
     A row with a NaN, a +inf or nothing above -inf fails; a single -inf only rules that token out.
     """
-    temperature, top_k, top_p, min_p, seed, row, sample_index, position = draws
+    temperature, top_k, top_p, min_p, seed, row, sample_index, position, _ = draws.by_row()
     if bool(temperature.any()):
         uniform = philox_uniform(seed, row, sample_index.long(), position.long())
     else:
         uniform = torch.empty(0, dtype=torch.float64, device=logits.device)
     filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
-    return draw(logits, temperature, top_k, top_p, min_p, uniform, filtered)
+    tokens = draw(logits, temperature, top_k, top_p, min_p, uniform, filtered)
+    if last_tokens is not None:
+        assert draws.slot is not None
+        last_tokens[draws.slot] = tokens.clamp(min=0).to(last_tokens.dtype)
+    return tokens
 
 
 def draw(

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent_launch, overlap_next, wait_for_previous
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight of contiguous rows [N, D], computed in float32."""
@@ -23,7 +25,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _shape(x: Tensor) -> dict[str, int]:
     block = triton.next_power_of_2(x.shape[1])
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16), **dependent_launch(x.device, len(x))}
 
 
 @triton.jit
@@ -36,12 +38,16 @@ def _rms_norm(
     width,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row a program. The row is rounded to its dtype where the reference rounds it."""
+    overlap_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
     at = row * width + column
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
@@ -49,6 +55,5 @@ def _rms_norm(
         tl.store(residual_ptr + at, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     normed = (wide * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
     tl.store(out_ptr + at, normed.to(x.dtype), mask=mask)

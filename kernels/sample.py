@@ -1,15 +1,12 @@
 """Sampling by inverse CDF: one pass over the logits, then the one block of ids that holds the token."""
 
-# Triton annotates its functions as plain Python would call them, not as its language and launches do.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.draws import Draws
+from kernels.launch import dependent_launch, overlap_next, wait_for_previous
 
 _BLOCK = 1024  # ids that share a maximum and a sum
 _BLOCKS = 4  # that one program reduces
@@ -20,8 +17,10 @@ _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 _ALL = tl.constexpr(2**31 - 1)
 
 
-def sample(logits: Tensor, draws: Draws) -> Tensor:
+def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> Tensor:
     """One token of each row of [N, V] logits; int32 [N], -1 where a row is not finite. See reference.sample.
+
+    `last_tokens`, int32 [slots], gets the tokens by slot.
 
     Logits are bfloat16, float16 or float32, their rows contiguous. Weights are float32, the sums over blocks float64.
     Two launches whose shape depends on N and V alone: it can be captured in a CUDA graph.
@@ -29,6 +28,8 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
     assert draws.position.is_contiguous()
+    settings = draws[:7]
+    has_slots = draws.slot is not None
     num_blocks = -(-vocab_size // _BLOCK)
 
     def empty(width: int, dtype: torch.dtype) -> Tensor:
@@ -41,29 +42,37 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
     _reduce_blocks[(num_rows * -(-num_blocks // _BLOCKS),)](
         logits,
         draws.temperature,
+        draws.slot,
         maxima,
         sums,
         vocab_size,
         num_blocks,
         logits.stride(0),
         draws.temperature.stride(0),
+        HAS_SLOTS=has_slots,
         BLOCK=_BLOCK,
         BLOCKS=_BLOCKS,
         num_warps=4,
+        **dependent_launch(logits.device, num_rows),
     )
     _pick_tokens[(num_rows,)](
         logits,
         maxima,
         sums,
-        *draws,
+        *settings,
+        draws.position,
+        draws.slot,
         empty(num_blocks, torch.int32),
         empty(_CAPACITY, logits.dtype),
         empty(_CAPACITY, torch.int32),
         tokens,
+        last_tokens,
         vocab_size,
         num_blocks,
         logits.stride(0),
-        *(setting.stride(0) for setting in draws[:-1]),
+        *(setting.stride(0) for setting in settings),
+        HAS_SLOTS=has_slots,
+        KEEPS_TOKENS=last_tokens is not None,
         BLOCK=_BLOCK,
         NUM_BLOCKS=1 << (num_blocks - 1).bit_length(),
         TILE=_TILE,
@@ -71,6 +80,7 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
         SPARE_BITS=_SPARE_BITS[logits.dtype],
         num_warps=8,
         maxnreg=80,  # three programs on a multiprocessor; without it, two
+        **dependent_launch(logits.device, num_rows),
     )
     return tokens
 
@@ -84,21 +94,29 @@ _UNSPECIALISED = [f"{name}_{part}" for name in _SETTINGS for part in ("ptr", "st
 def _reduce_blocks(
     logits_ptr,
     temperature_ptr,
+    slots_ptr,
     maxima_ptr,
     sums_ptr,
     vocab_size,
     num_blocks,
     logits_stride,
     temperature_stride,
+    HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Of each block the maximum, and the sum of exp((x - maximum) / temperature): NaN or +inf where an x is."""
+    overlap_next(PDL)
+    wait_for_previous(PDL)
     groups = tl.cdiv(num_blocks, BLOCKS)
     row = (tl.program_id(0) // groups).to(tl.int64)
     block = tl.program_id(0) % groups * BLOCKS + tl.arange(0, BLOCKS)
     ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    scale = _scale(tl.load(temperature_ptr + row * temperature_stride))
+    slot = row
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + row)
+    scale = _scale(tl.load(temperature_ptr + slot * temperature_stride))
     x = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
     largest = tl.max(x, 1)
     base = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
@@ -121,10 +139,12 @@ def _pick_tokens(
     row_ptr,
     sample_ptr,
     position_ptr,
+    slots_ptr,
     listed_ptr,
     candidates_ptr,
     candidate_ids_ptr,
     tokens_ptr,
+    last_tokens_ptr,
     vocab_size,
     num_blocks,
     logits_stride,
@@ -135,24 +155,32 @@ def _pick_tokens(
     seed_stride,
     row_stride,
     sample_stride,
+    HAS_SLOTS: tl.constexpr,
+    KEEPS_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,  # a power of two, at least num_blocks
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
     SPARE_BITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row a program: of its blocks' maxima and sums, the token.
 
     Whatever the settings allow is a prefix of the tokens in order of falling logit and rising id: all above a
     threshold, and the first few, by id, that equal it. Greedy is the prefix of one.
     """
+    overlap_next(PDL)
+    wait_for_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     logits_ptr += n * logits_stride
     maxima_ptr += n * num_blocks
-    temperature = tl.load(temperature_ptr + n * temperature_stride)
-    top_k = tl.load(top_k_ptr + n * top_k_stride)
-    top_p = tl.load(top_p_ptr + n * top_p_stride)
-    min_p = tl.load(min_p_ptr + n * min_p_stride)
+    slot = n
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + n)
+    temperature = tl.load(temperature_ptr + slot * temperature_stride)
+    top_k = tl.load(top_k_ptr + slot * top_k_stride)
+    top_p = tl.load(top_p_ptr + slot * top_p_stride)
+    min_p = tl.load(min_p_ptr + slot * min_p_stride)
     scale = _scale(temperature)
     block = tl.arange(0, NUM_BLOCKS)
     live = block < num_blocks
@@ -165,9 +193,9 @@ def _pick_tokens(
         base = tl.where(maxima > -float("inf"), maxima, largest)
         weights = sums.to(tl.float64) * tl.exp2(((base - largest) * scale).to(tl.float64))
         uniform = _uniform(
-            tl.load(seed_ptr + n * seed_stride),
-            tl.load(row_ptr + n * row_stride),
-            tl.load(sample_ptr + n * sample_stride),
+            tl.load(seed_ptr + slot * seed_stride),
+            tl.load(row_ptr + slot * row_stride),
+            tl.load(sample_ptr + slot * sample_stride),
             tl.load(position_ptr + n),
         )
         if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
@@ -258,6 +286,8 @@ def _pick_tokens(
                 SPARE_BITS,
             )
     tl.store(tokens_ptr + n, token)
+    if KEEPS_TOKENS:
+        tl.store(last_tokens_ptr + slot, tl.maximum(token, 0))
 
 
 @triton.jit

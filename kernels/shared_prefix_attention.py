@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_work import ITEM_FIELDS, DecodeWork
+from kernels.attention_work import ITEM_FIELDS, DecodeWork
+from kernels.launch import dependent_launch, overlap_next, wait_for_previous
 from kernels.paged_decode_attention import num_programs
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
@@ -48,6 +49,7 @@ def shared_prefix_attention(
     tuning: PrefixTuning | None = None,
 ) -> None:
     """Fill the partials of `work`'s prefix items from queries [B, Q, H]; see paged_decode_attention for the rest."""
+    assert k_cache.stride() == v_cache.stride()
     num_q_heads, head_size = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
@@ -67,7 +69,6 @@ def shared_prefix_attention(
         q.stride(0),
         block_tables.stride(0),
         k_cache.stride(0),
-        v_cache.stride(0),
         NUM_KV=num_kv_heads,
         GROUP=group,
         ROWS=max(tuning.rows, triton.next_power_of_2(group)),
@@ -77,10 +78,11 @@ def shared_prefix_attention(
         STAGES=tuning.num_stages,
         PRECISION=dot_precision(q.dtype),
         num_warps=tuning.num_warps,
+        **dependent_launch(q.device),
     )
 
 
-@triton.jit(do_not_specialize=["q_stride", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefix(
     q_ptr,
     k_ptr,
@@ -95,8 +97,7 @@ def _prefix(
     scale,
     q_stride,
     table_stride,
-    k_block_stride,
-    v_block_stride,
+    block_stride,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,11 +106,14 @@ def _prefix(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap_next(PDL)
     NUM_Q: tl.constexpr = NUM_KV * GROUP
     tile_row = tl.arange(0, ROWS)
     column = tl.arange(0, HEAD_SIZE)
     num_work = tl.load(num_items_ptr) * NUM_KV
+    wait_for_previous(PDL)
     for index in tl.range(tl.program_id(0), num_work, tl.num_programs(0)):
         item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
         head = index % NUM_KV
@@ -133,14 +137,13 @@ def _prefix(
         for first in tl.range(start, end, TILE, num_stages=STAGES):
             position = first + tl.arange(0, TILE)
             live = position < end
-            k_at = tile_offsets(blocks, position, head, k_block_stride, BLOCK_SIZE, HEAD_SIZE)
-            k = tl.load(k_ptr + k_at, mask=live[:, None], other=0.0)
-            v_at = tile_offsets(blocks, position, head, v_block_stride, BLOCK_SIZE, HEAD_SIZE)
-            v = tl.load(v_ptr + v_at, mask=live[:, None], other=0.0)
+            at = tile_offsets(blocks, position, head, block_stride, BLOCK_SIZE, HEAD_SIZE)
+            k = tl.load(k_ptr + at, mask=live[:, None], other=0.0)
+            v = tl.load(v_ptr + at, mask=live[:, None], other=0.0)
             blocks = block_ids(table_ptr, position + TILE, end, BLOCK_SIZE)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = tl.where(live[None, :], scores, float("-inf"))
-            best, total, out = softmax_step(scores, v, best, total, out, PRECISION)
+            best, total, out = softmax_step(scores, scale, v, best, total, out, PRECISION)
         out = out / total[:, None]
         out_at = ((partial * NUM_Q + q_head) * HEAD_SIZE)[:, None] + column[None, :]
         tl.store(partial_out_ptr + out_at, out, mask=mask[:, None])

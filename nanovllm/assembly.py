@@ -22,10 +22,10 @@ from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_toke
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
-from nanovllm.runner.decode_graphs import graph_sizes
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
 from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
+from nanovllm.runner.step_graphs import GraphSizes, graph_sizes
 from nanovllm.text import load_tokenizer
 
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -83,7 +83,7 @@ def assemble(
         model = _load_model(config, choice, source, c, dtype, device, max_model_len)
         lines.log_model_loaded(memory)
 
-        def make_runner(kv_cache: torch.Tensor, sizes: list[int] | None) -> ModelRunner:
+        def make_runner(kv_cache: torch.Tensor, sizes: GraphSizes | None) -> ModelRunner:
             return _make_runner(model, kv_cache, sizes, config, choice, c, dtype, max_model_len)
 
         bytes_per_block = block_bytes(c, config.kv.block_size, dtype)
@@ -98,7 +98,7 @@ def assemble(
         )
         kv_cache = allocate(c, num_blocks, config.kv.block_size, dtype, device)
         lines.log_kv_cache_allocated(memory)
-    with phase("capture"):
+    with phase("capture") if sizes is not None else nullcontext():
         runner = _capture(make_runner, kv_cache, sizes)
     facts = ModelFacts(
         num_attention_heads=c.num_attention_heads,
@@ -187,16 +187,18 @@ def _load_model(
     return model.eval()
 
 
-def _choose_graph_sizes(config: LLMConfig, choice: KernelChoice, device: torch.device) -> list[int] | None:
+def _choose_graph_sizes(config: LLMConfig, choice: KernelChoice, device: torch.device) -> GraphSizes | None:
     if config.engine.enforce_eager or device.type != "cuda" or not choice.capturable:
         return None
-    return graph_sizes(config.engine.max_num_seqs)
+    engine = config.engine
+    with_prefills = choice.attention == "triton"  # whose grids do not depend on the rows
+    return graph_sizes(engine.max_num_seqs, engine.max_num_batched_tokens, with_prefills=with_prefills)
 
 
 def _make_runner(
     model: Qwen3ForCausalLM,
     kv_cache: torch.Tensor,
-    sizes: list[int] | None,
+    sizes: GraphSizes | None,
     config: LLMConfig,
     choice: KernelChoice,
     c: Qwen3Config,
@@ -226,9 +228,9 @@ def _make_runner(
 
 
 def _capture(
-    make_runner: Callable[[torch.Tensor, list[int] | None], ModelRunner],
+    make_runner: Callable[[torch.Tensor, GraphSizes | None], ModelRunner],
     kv_cache: torch.Tensor,
-    sizes: list[int] | None,
+    sizes: GraphSizes | None,
 ) -> ModelRunner:
     """The engine's runner; says what its CUDA graphs took."""
     if sizes is None:
@@ -240,7 +242,6 @@ def _capture(
     assert runner.graphs is not None
     lines.log_capture(
         num_graphs=runner.graphs.num_graphs,
-        largest=sizes[-1],
         seconds=time.perf_counter() - began,
         num_bytes=free - torch.cuda.mem_get_info(kv_cache.device)[0],
     )
@@ -263,7 +264,7 @@ def _settings(
     dtype: torch.dtype,
     max_model_len: int,
     choice: KernelChoice,
-    sizes: list[int] | None,
+    sizes: GraphSizes | None,
 ) -> dict[str, object]:
     return {
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
@@ -287,9 +288,9 @@ def _settings(
     }
 
 
-def _graphs_setting(config: LLMConfig, device: torch.device, sizes: list[int] | None) -> str:
+def _graphs_setting(config: LLMConfig, device: torch.device, sizes: GraphSizes | None) -> str:
     if sizes is not None:
-        return f"decode steps of 1 to {sizes[-1]} sequences"
+        return f"decode steps of 1 to {sizes.decodes[-1]} sequences" + (", prefill steps" if sizes.tokens else "")
     if config.engine.enforce_eager:
         return "off (enforce_eager)"
     return "off (a CPU has none)" if device.type == "cpu" else "off (the reference kernels wait for the device)"

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -27,7 +28,8 @@ class KernelChoice:
     attention_reason: str
 
     def ops(self) -> Ops:
-        return importlib.import_module(f"kernels.{'triton_ops' if self.kernels == 'triton' else 'reference'}")
+        module = importlib.import_module(f"kernels.{'triton_ops' if self.kernels == 'triton' else 'reference'}")
+        return cast(Ops, module)
 
     def backend(self) -> AttentionBackend:
         if self.attention == "flash_attn":
@@ -87,9 +89,9 @@ def _check_flash_attn(c: Qwen3Config, dtype: torch.dtype, block_size: int, devic
     key = "engine.attention=flash_attn"
     if device.type != "cuda":
         raise SettingError(f"{key}: needs a CUDA device; use engine.attention=auto")
-    if block_size % FlashAttention.PAGE_MULTIPLE:
+    if block_size % FlashAttention.BLOCK_MULTIPLE:
         raise SettingError(
-            f"{key}: kv.block_size={block_size} must be a multiple of {FlashAttention.PAGE_MULTIPLE}; "
+            f"{key}: kv.block_size={block_size} must be a multiple of {FlashAttention.BLOCK_MULTIPLE}; "
             "set kv.block_size=256, or use engine.attention=triton"
         )
     if dtype not in FLASH_ATTN_DTYPES:

@@ -13,6 +13,7 @@ from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.errors import PromptError
 from nanovllm.events import Recorder
 from nanovllm.intake import Message, Request
+from nanovllm.quiet_gc import collector_kept_out
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -143,11 +144,13 @@ class LLM:
         try:
             for request in requests:
                 self._intake.add(request)
-            with tqdm(total=len(requests), desc="Generating", unit="row", disable=not use_tqdm) as bar:
+            bar = tqdm(total=len(requests), desc="Generating", unit="row", disable=not use_tqdm)
+            with bar, collector_kept_out() as between_steps:
                 while engine.has_work():
                     for output in engine.step():
                         finished[output.row] = output
                         bar.update()
+                    between_steps()
         except BaseException:
             engine.abort_all()
             raise

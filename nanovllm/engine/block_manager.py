@@ -1,15 +1,35 @@
 """KV blocks: reference counts, a prefix index over full blocks, and eviction of the least recently used."""
 
-from collections import OrderedDict
+from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from nanovllm.events import ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE, BlockEvent
+from nanovllm.engine.event_log import KIND_CODES, REASON_CODES, BlockEventLog
+from nanovllm.engine.free_blocks import CachedBlocks, EmptyBlocks
+from nanovllm.events import ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE, BlockEvents
 
 ROOT = 0
-"""Content number of the empty prefix."""
+"""Content number of the empty prefix, and of a block that holds no published one."""
+_ALLOCATE, _COMMIT, _EVICT, _FREE, _HIT, _RELEASE = (
+    KIND_CODES[kind] for kind in (ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE)
+)
+_NO_BLOCKS = np.empty(0, np.int32)
+
+
+PublishRun = tuple[int, int, int]
+"""Consecutive blocks of one sequence: its seq_id, the content number of the block before them, and their number."""
+
+
+class _Prefix(NamedTuple):
+    """A prefix that was found; it is there still if its blocks have the same content numbers."""
+
+    hashes: list[int]
+    blocks: np.ndarray
+    contents: bytes
 
 
 class BlockManager:
@@ -22,24 +42,29 @@ class BlockManager:
     parent block, hash of the whole prefix) to a block, and a hit also compares the block's own tokens. By induction
     over the chain a hit therefore holds exactly the wanted prefix, whatever the hash does.
 
-    Every change is appended to `events` in the order in which it happens; the owner drains the list.
+    State is kept in arrays, and blocks are taken, hit, published and given back many at a time: a step may admit a
+    hundred prompts of a hundred blocks. Block ids come and go as int32 arrays.
+
+    Every change is recorded in the order in which it happens; the owner drains the events.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, hash_bits: int = 64) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.events: list[BlockEvent] = []
+        self._log = BlockEventLog()
         self._hash_mask = (1 << hash_bits) - 1
-        self._empty = list(range(num_blocks - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._ref_counts = [0] * num_blocks
-        self._hashes: list[int | None] = [None] * num_blocks
-        self._contents = [ROOT] * num_blocks
-        self._parents = [ROOT] * num_blocks
-        self._tokens: list[bytes] = [b""] * num_blocks
+        self._empty = EmptyBlocks(num_blocks)
+        self._cached = CachedBlocks(num_blocks)
+        self._ref_counts = np.zeros(num_blocks, np.int32)
+        self._hashes = np.zeros(num_blocks, np.uint64)
+        self._contents = np.full(num_blocks, ROOT, np.int64)
+        self._parents = np.full(num_blocks, ROOT, np.int64)
+        self._tokens = np.zeros((num_blocks, block_size), np.int32)
         self._index: dict[tuple[int, int], int] = {}
         self._last_content = ROOT
+        self._last_found = _Prefix([], _NO_BLOCKS, b"")
+        self._last_hashed: tuple[np.ndarray, list[int]] = (np.empty(0, np.int32), [])
 
     @property
     def num_free(self) -> int:
@@ -54,97 +79,228 @@ class BlockManager:
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
-    def chain_hash(self, parent_hash: int, tokens: bytes) -> int:
-        """Hash of a prefix from the hash of all but its last block (0 without one) and that block's tokens."""
-        return xxhash.xxh64_intdigest(parent_hash.to_bytes(8, "little") + tokens) & self._hash_mask
+    @property
+    def events(self) -> BlockEvents:
+        """What has happened since the events were drained."""
+        return self._log.events()
 
-    def extend_hashes(self, hashes: list[int], token_ids: np.ndarray, num_blocks: int) -> None:
-        """Grow the chained hashes of `token_ids`' leading full blocks until there are `num_blocks` of them."""
+    def drain_events(self) -> BlockEvents:
+        return self._log.drain()
+
+    def extend_hashes(self, hashes: list[int], tokens: bytes) -> None:
+        """Append the chained hash of each whole block of `tokens`, which follow on those that `hashes` are of.
+
+        The hash of a prefix is that of the prefix without its last block (0 without one) and that block's tokens.
+        """
+        size, mask, digest = 4 * self.block_size, self._hash_mask, xxhash.xxh64_intdigest
+        last = hashes[-1] if hashes else 0
+        for at in range(0, len(tokens), size):
+            last = digest(last.to_bytes(8, "little") + tokens[at : at + size]) & mask
+            hashes.append(last)
+
+    def hash_prompt(self, hashes: list[int], token_ids: np.ndarray, num_blocks: int) -> None:
+        """Grow the chained hashes of `token_ids`' leading full blocks until there are `num_blocks` of them.
+
+        Prompts that begin alike often come one after the other: what the last one had in common is not hashed again.
+        """
+        if len(hashes) >= num_blocks:
+            return
+        if not hashes:
+            last_ids, last_hashes = self._last_hashed
+            hashes += last_hashes[: min(_num_common(last_ids, token_ids) // self.block_size, num_blocks)]
         size = self.block_size
-        for i in range(len(hashes), num_blocks):
-            tokens = token_ids[i * size : (i + 1) * size].tobytes()
-            hashes.append(self.chain_hash(hashes[-1] if hashes else 0, tokens))
+        self.extend_hashes(hashes, token_ids[len(hashes) * size : num_blocks * size].tobytes())
+        self._last_hashed = (token_ids, hashes[:num_blocks])
 
-    def find_prefix(self, token_ids: np.ndarray, hashes: Items[int]) -> list[int]:
+    def find_prefix(self, token_ids: np.ndarray, hashes: list[int]) -> np.ndarray:
         """Blocks that hold the leading full blocks of `token_ids`, as many as are there; takes none of them."""
-        found: list[int] = []
         if not self.prefix_caching:
-            return found
-        parent, size = ROOT, self.block_size
-        for i, prefix_hash in enumerate(hashes):
-            block = self._index.get((parent, prefix_hash))
-            if block is None or self._tokens[block] != token_ids[i * size : (i + 1) * size].tobytes():
-                break
-            found.append(block)
-            parent = self._contents[block]
+            return _NO_BLOCKS
+        found, size = self._look_up(hashes), self.block_size
+        wanted = token_ids[: len(found) * size]
+        if self._tokens[found].tobytes() != wanted.tobytes():
+            differs = (self._tokens[found] != wanted.reshape(-1, size)).any(axis=1)
+            found = found[: differs.argmax()]
         return found
 
-    def num_unused(self, blocks: Items[int]) -> int:
+    def _look_up(self, hashes: list[int]) -> np.ndarray:
+        """Blocks that the index has for a chain of hashes, from its beginning.
+
+        Goes on from the last prefix that was found, if this one begins with it: content numbers are never given out
+        again, so a block that has its number still holds its prefix and stands in the index under it.
+        """
+        last, count = self._last_found, len(self._last_found.hashes)
+        if count and hashes[:count] == last.hashes and self._contents[last.blocks].tobytes() == last.contents:
+            more = self._walk(self.content_of(last.blocks[-1]), hashes[count:])
+            if not more:
+                return last.blocks
+            blocks = np.concatenate([last.blocks, np.array(more, np.int32)])
+        else:
+            blocks = np.array(self._walk(ROOT, hashes), np.int32)
+        if len(blocks):
+            self._last_found = _Prefix(hashes[: len(blocks)], blocks, self._contents[blocks].tobytes())
+        return blocks
+
+    def _walk(self, parent: int, hashes: list[int]) -> list[int]:
+        found: list[int] = []
+        for prefix_hash in hashes:
+            block = self._index.get((parent, prefix_hash))
+            if block is None:
+                break
+            found.append(block)
+            parent = self.content_of(block)
+        return found
+
+    def num_unused(self, blocks: np.ndarray) -> int:
         """How many of `blocks` nobody uses: taking these lowers num_free."""
-        return sum(self._ref_counts[block] == 0 for block in blocks)
+        return len(blocks) - int(np.count_nonzero(self._ref_counts[blocks]))
 
     def content_of(self, block: int) -> int:
         """Content number of a published block."""
-        return self._contents[block]
+        return self._contents.item(block)
 
-    def hit(self, seq_id: int, blocks: Items[int]) -> None:
+    def hit(self, seq_id: int, blocks: np.ndarray) -> None:
         """Add `seq_id` to the users of blocks that `find_prefix` has just returned."""
-        for block in blocks:
-            if self._ref_counts[block] == 0:
-                del self._cached[block]
-            self._ref_counts[block] += 1
-            self._record(HIT, block, seq_id, None)
+        counts = self._ref_counts[blocks]
+        free: int | np.ndarray = self.num_free
+        if np.count_nonzero(counts) < len(counts):
+            unused = counts == 0
+            free = free - np.cumsum(unused)
+            self._cached.remove(blocks[unused])
+        counts += 1
+        self._ref_counts[blocks] = counts
+        self._log.add(
+            _HIT, blocks, seq_id, ref_counts=counts, free_blocks=free, hashes=self._hashes[blocks], has_hash=True
+        )
 
-    def allocate(self, seq_id: int, count: int) -> list[int]:
-        """Take `count` blocks for `seq_id`; the caller has checked that so many are free."""
-        assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
-        return [self.allocate_one(seq_id) for _ in range(count)]
+    def allocate(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
+        """Take `count` blocks, for one sequence or, of as many, one for each.
 
-    def allocate_one(self, seq_id: int) -> int:
-        block = self._empty.pop() if self._empty else self._evict(seq_id)
-        self._ref_counts[block] = 1
-        self._record(ALLOCATE, block, seq_id, None)
-        return block
-
-    def publish(self, seq_id: int, block: int, parent: int, prefix_hash: int, tokens: bytes) -> int | None:
-        """Offer a full block of `seq_id` for reuse and return the content number of its prefix.
-
-        Where another block already holds the same prefix, that one stays in the index and its number is returned.
-        None, and nothing published, when another content has the same parent and hash: the chain ends there.
+        The caller has checked that so many are free.
         """
-        key = (parent, prefix_hash)
-        known = self._index.get(key)
-        if known is not None:
-            return self._contents[known] if self._tokens[known] == tokens else None
-        self._last_content += 1
-        self._index[key] = block
-        self._hashes[block] = prefix_hash
-        self._parents[block] = parent
-        self._contents[block] = self._last_content
-        self._tokens[block] = tokens
-        self._record(COMMIT, block, seq_id, None)
-        return self._last_content
+        free = self.num_free
+        assert count <= free, f"{count} blocks asked for, {free} of {self.num_blocks} are free"
+        num_empty = min(count, len(self._empty))
+        blocks = self._empty.take(num_empty)
+        self._ref_counts[blocks] = 1
+        of_empty = seq_ids if isinstance(seq_ids, int) else seq_ids[:num_empty]
+        free_after = np.arange(free - 1, free - 1 - num_empty, -1)
+        self._log.add(_ALLOCATE, blocks, of_empty, ref_counts=1, free_blocks=free_after)
+        if num_empty == count:
+            return blocks
+        evicted = self._evict(seq_ids if isinstance(seq_ids, int) else seq_ids[num_empty:], count - num_empty)
+        return np.concatenate([blocks, evicted])
 
-    def free(self, seq_id: int, blocks: Items[int], reason: str) -> int:
-        """Take `seq_id` off the users of its `blocks`; returns how many have no user left.
+    def _evict(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
+        """Take the cached blocks used longest ago; each is given up just before it is taken."""
+        free = len(self._cached)
+        blocks = self._cached.take(count)
+        hashes = self._hashes[blocks]
+        keys = zip(self._parents[blocks].tolist(), hashes.tolist(), strict=True)
+        deque(map(self._index.__delitem__, keys), maxlen=0)
+        self._contents[blocks] = ROOT
+        self._ref_counts[blocks] = 1
+        turns = np.arange(2 * count) % 2  # 0 where the block is given up, 1 where it is taken
+        self._log.add(
+            np.where(turns, _ALLOCATE, _EVICT),
+            np.repeat(blocks, 2),
+            seq_ids if isinstance(seq_ids, int) else np.repeat(seq_ids, 2),
+            ref_counts=turns,
+            free_blocks=free - (np.arange(2 * count) + 1) // 2,
+            hashes=np.repeat(hashes, 2),
+            has_hash=turns == 0,
+        )
+        return blocks
 
-        From the last to the first, so that a prefix is evicted from its end and never loses its beginning first.
+    def publish(
+        self, runs: Iterable[PublishRun], blocks: np.ndarray, hashes: list[int], tokens: np.ndarray
+    ) -> list[int | None]:
+        """Offer full blocks for reuse; for each run the content number of its whole prefix.
+
+        `blocks` [blocks], `hashes` and `tokens` [blocks, block size] are those of all runs, one after the other.
+
+        Where another block already holds the same prefix, that one stays in the index and its number goes on. None,
+        and nothing more of the run published, when another content has the same parent and hash: the chain ends there.
         """
-        freed = 0
-        for block in reversed(blocks):
-            count = self._ref_counts[block] - 1
-            assert count >= 0, f"block {block} freed more often than it was taken"
-            self._ref_counts[block] = count
-            if count:
-                self._record(RELEASE, block, seq_id, reason)
-                continue
-            if self._hashes[block] is None:
-                self._empty.append(block)
-            else:
-                self._cached[block] = None
-            freed += 1
-            self._record(FREE, block, seq_id, reason)
-        return freed
+        new = _NewBlocks([], [], [])
+        ends: list[int | None] = []
+        listed, end = blocks.tolist(), 0
+        for seq_id, parent, count in runs:
+            at, end = end, end + count
+            content: int | None = parent
+            while at < end and content is not None:
+                known = self._index.get((content, hashes[at]))
+                if known is None:
+                    break
+                self._store(new, blocks, hashes, tokens)  # it may be one of them
+                content = self.content_of(known) if (self._tokens[known] == tokens[at]).all() else None
+                at += 1
+            if at < end and content is not None:
+                # Nothing follows on a content number that is only given out here: all the rest is new.
+                for place in range(at, end):
+                    self._index[content, hashes[place]] = listed[place]
+                    new.parents.append(content)
+                    self._last_content = content = self._last_content + 1
+                new.places.extend(range(at, end))
+                new.seq_ids.extend([seq_id] * (end - at))
+            ends.append(content)
+        self._store(new, blocks, hashes, tokens)
+        return ends
+
+    def _store(self, new: "_NewBlocks", blocks: np.ndarray, hashes: list[int], tokens: np.ndarray) -> None:
+        """Write down what the blocks at the new places hold, and forget the places."""
+        count = len(new.places)
+        if not count:
+            return
+        if count < len(blocks):
+            blocks, tokens, hashes = blocks[new.places], tokens[new.places], [hashes[place] for place in new.places]
+        hash_array = np.array(hashes, np.uint64)
+        self._hashes[blocks] = hash_array
+        self._parents[blocks] = new.parents
+        self._contents[blocks] = np.arange(self._last_content - count + 1, self._last_content + 1)
+        self._tokens[blocks] = tokens
+        self._log.add(
+            _COMMIT,
+            blocks,
+            np.array(new.seq_ids, np.int64),
+            ref_counts=self._ref_counts[blocks],
+            free_blocks=self.num_free,
+            hashes=hash_array,
+            has_hash=True,
+        )
+        for values in new:
+            values.clear()
+
+    def free(self, seq_ids: Items[int], tables: Items[np.ndarray], reasons: Items[str]) -> int:
+        """Take each sequence off the users of its blocks, its table; returns how many blocks have no user left.
+
+        One sequence after the other, and each from its last block to the first, so that a prefix is evicted from its
+        end and never loses its beginning first.
+        """
+        blocks = np.concatenate([table[::-1] for table in tables])
+        listed = blocks.tolist()
+        if len(set(listed)) < len(listed) and len(tables) > 1:  # they share blocks
+            each = zip(seq_ids, tables, reasons, strict=True)
+            return sum(self.free([seq_id], [table], [reason]) for seq_id, table, reason in each)
+        counts = self._ref_counts[blocks] - 1
+        _check_taken(listed, counts)
+        free_before = self.num_free
+        freed, has_hash = counts == 0, self._contents[blocks] != ROOT
+        self._ref_counts[blocks] = counts
+        self._empty.put(blocks[freed & ~has_hash])
+        self._cached.put(blocks[freed & has_hash])
+        sizes = [len(table) for table in tables]
+        self._log.add(
+            np.where(freed, _FREE, _RELEASE),
+            blocks,
+            np.repeat(seq_ids, sizes),
+            reason=np.repeat([REASON_CODES[reason] for reason in reasons], sizes),
+            ref_counts=counts,
+            free_blocks=free_before + np.cumsum(freed),
+            hashes=self._hashes[blocks],
+            has_hash=has_hash,
+        )
+        return self.num_free - free_before
 
     def check_integrity(self, tables: Items[Items[int]]) -> None:
         """Raise AssertionError, with the numbers, unless the blocks are conserved.
@@ -156,25 +312,40 @@ class BlockManager:
             assert len(set(table)) == len(table), f"a block stands twice in one table: {table}"
             for block in table:
                 users[block] += 1
-        assert users == self._ref_counts, f"reference counts {self._ref_counts} but live tables give {users}"
-        unused = self._empty + list(self._cached)
+        ref_counts, contents = self._ref_counts.tolist(), self._contents.tolist()
+        assert users == ref_counts, f"reference counts {ref_counts} but live tables give {users}"
+        empty, cached = self._empty.tolist(), self._cached.tolist()
+        assert len(cached) == len(self._cached), f"{len(cached)} blocks are cached, not {len(self._cached)}"
+        unused = empty + cached
         assert len(unused) == len(set(unused)), "a block is free twice"
         assert sorted(unused) == [b for b in range(self.num_blocks) if not users[b]], "free + used is not the total"
-        assert all(self._hashes[b] is None for b in self._empty), "an empty block still has a hash"
-        published = {b for b in range(self.num_blocks) if self._hashes[b] is not None}
+        assert all(contents[b] == ROOT for b in empty), "an empty block still has a prefix"
+        published = {b for b in range(self.num_blocks) if contents[b] != ROOT}
         assert set(self._index.values()) == published, "the index and the published blocks differ"
-        assert set(self._cached) <= published, "a cached block is not in the index"
+        assert len(self._index) == len(published), "a block stands in the index twice"
+        assert set(cached) <= published, "a cached block is not in the index"
 
-    def _evict(self, seq_id: int) -> int:
-        block, _ = self._cached.popitem(last=False)
-        prefix_hash = self._hashes[block]
-        assert prefix_hash is not None
-        del self._index[(self._parents[block], prefix_hash)]
-        self.events.append(BlockEvent(EVICT, block, seq_id, None, 0, prefix_hash, self.num_free + 1))
-        self._hashes[block] = None
-        self._tokens[block] = b""
-        return block
 
-    def _record(self, event: str, block: int, seq_id: int, reason: str | None) -> None:
-        free = len(self._empty) + len(self._cached)
-        self.events.append(BlockEvent(event, block, seq_id, reason, self._ref_counts[block], self._hashes[block], free))
+class _NewBlocks(NamedTuple):
+    """Blocks that a call of `publish` has put into the index and not yet stored."""
+
+    places: list[int]
+    """Which of the call's blocks."""
+    parents: list[int]
+    seq_ids: list[int]
+
+
+def _num_common(first: np.ndarray, second: np.ndarray) -> int:
+    """Length of the longest common beginning."""
+    count = min(len(first), len(second))
+    differs = first[:count] != second[:count]
+    place = int(differs.argmax()) if count else 0
+    return place if count and differs[place] else count
+
+
+def _check_taken(blocks: list[int], counts: np.ndarray) -> None:
+    """Raise AssertionError unless each of the blocks stands there once and may have the reference count it would."""
+    if len(set(blocks)) < len(blocks) or (len(counts) and counts.min() < 0):
+        bad = [block for block, count in zip(blocks, counts.tolist(), strict=True) if count < 0]
+        bad += [block for block in blocks if blocks.count(block) > 1]
+        raise AssertionError(f"block {bad[0]} freed more often than it was taken")

@@ -12,7 +12,7 @@ from nanovllm.engine.plan import Runner
 from nanovllm.engine.scheduler import Commit, Ended, Scheduler
 from nanovllm.engine.sequence import Sequence, StopCheck
 from nanovllm.errors import PromptError
-from nanovllm.events import ArrivalEvent, BlockEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import ArrivalEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
 from nanovllm.sampling_params import ResolvedSampling
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "abort": "aborted", "error": "error"}
@@ -162,7 +162,7 @@ class LLMEngine:
         while self._in_flight:
             outputs += self._commit(self._in_flight.popleft())
         ended = [self.scheduler.abort(seq_id) for seq_id in self.scheduler.live_seq_ids()]
-        events = self._drain_block_events()
+        events = self._blocks.drain_events()
         for recorder in self.recorders:
             recorder.on_abort(self._last_committed, events)
         return outputs + [self._finish(e) for e in ended if e is not None]
@@ -179,7 +179,7 @@ class LLMEngine:
             num_running=scheduled.num_running,
             cached_tokens=scheduled.cached_tokens,
             preemptions=scheduled.preemptions,
-            block_events=self._drain_block_events(),
+            block_events=self._blocks.drain_events(),
             free_blocks=self._blocks.num_free,
             used_blocks=self._blocks.num_used,
         )
@@ -214,7 +214,7 @@ class LLMEngine:
             sampled=commit.sampled,
             finished=tuple(ended.fact() for ended in commit.ended),
             dropped_seq_ids=commit.dropped_seq_ids,
-            block_events=self._drain_block_events(),
+            block_events=self._blocks.drain_events(),
             free_blocks=self._blocks.num_free,
             used_blocks=self._blocks.num_used,
             cached_blocks=self._blocks.num_cached,
@@ -256,8 +256,3 @@ class LLMEngine:
             num_cached_tokens=seq.num_cached_tokens,
             num_preemptions=seq.num_preemptions,
         )
-
-    def _drain_block_events(self) -> tuple[BlockEvent, ...]:
-        events = tuple(self._blocks.events)
-        self._blocks.events.clear()
-        return events

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from nanovllm.events import ABORTED, FINISHED, PREEMPTED, FinishedSequence, Pree
 GROWTH_STEPS = 16
 """A sequence is admitted only while the running ones can grow by this many tokens each: without such a reserve a
 newcomer would often be preempted again within a few steps, and its prefill lost."""
+
+CUT = -1
+"""In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,14 @@ class Commit:
     dropped_seq_ids: tuple[int, ...]
     sampled: np.ndarray
     """bool [rows of the plan]"""
+
+
+class _TableEntries(NamedTuple):
+    """table[slot, column] = block, each int32 [entries]"""
+
+    slots: np.ndarray
+    columns: np.ndarray
+    blocks: np.ndarray
 
 
 class Scheduler:
@@ -94,7 +106,10 @@ class Scheduler:
         def per_slot(dtype: type, value: int = 0) -> np.ndarray:
             return np.full(max_num_seqs, value, dtype)
 
-        self._tokens = np.empty((max_num_seqs, max_model_len), np.int32)
+        most_blocks = -(-max_model_len // blocks.block_size)
+        self._token_blocks = np.empty((max_num_seqs, most_blocks, blocks.block_size), np.int32)
+        self._tokens = self._token_blocks.reshape(max_num_seqs, -1)
+        self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.int32)
         self._slot_seq_id = per_slot(np.int64, -1)
         self._computed = per_slot(np.int32)
         self._committed = per_slot(np.int32)
@@ -103,15 +118,14 @@ class Scheduler:
         self._limit = per_slot(np.int32)
         self._capacity = per_slot(np.int32)
         self._published = per_slot(np.int32)
+        self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
         self._in_flight = per_slot(np.int32)
         self._ended = per_slot(np.bool_)
         self._stops_at_eos = per_slot(np.bool_)
         self._has_own_stops = per_slot(np.bool_)
         self._has_first_token = per_slot(np.bool_)
 
-        self._table_slots: list[int] = []
-        self._table_columns: list[int] = []
-        self._table_blocks: list[int] = []
+        self._new_entries: list[_TableEntries] = []  # for the next plan
 
     # What a caller may ask
 
@@ -139,7 +153,7 @@ class Scheduler:
 
     def live_tables(self) -> dict[int, list[int]]:
         """Block tables of all sequences that hold blocks, by seq_id (for checks, not for the step loop)."""
-        return {seq.seq_id: list(seq.block_ids) for seq in self._sequences if seq is not None}
+        return {seq.seq_id: self._table_of(seq.slot).tolist() for seq in self._sequences if seq is not None}
 
     def live_seq_ids(self) -> list[int]:
         """Everything that has not ended: running in order of admission, then waiting."""
@@ -163,15 +177,18 @@ class Scheduler:
                 self._displaced.pop(seq_id, None)
                 return self._ended_waiting(seq, "abort")
         slots = np.flatnonzero((self._slot_seq_id == seq_id) & ~self._ended)
-        return self._end(int(slots[0]), "abort") if len(slots) else None
+        if not len(slots):
+            return None
+        ended = self._end(int(slots[0]), "abort")
+        self._release_ended(slots)
+        return ended
 
     def forget_submitted(self) -> None:
         """No result of a submitted step will come any more: what has ended gives its blocks back now."""
         self._in_flight[:] = 0
         for seq in self._displaced.values():
             seq.num_in_flight = 0
-        for slot in self._order[self._ended[self._order]].tolist():
-            self._release_ended(slot)
+        self._release_ended(self._order)
 
     def schedule(self, step: int, now_ns: int = 0) -> Scheduled | None:
         """The next plan, or None when nothing can run before a result arrives (or nothing is left)."""
@@ -215,9 +232,7 @@ class Scheduler:
         if len(slots):
             self._append_tokens(slots, tokens, good, ended, now_ns)
         if self._num_ended:
-            for slot in plan.slots[current].tolist():
-                if self._ended[slot] and not self._in_flight[slot]:
-                    self._release_ended(slot)
+            self._release_ended(plan.slots[current])
         sampled = plan.samples
         if not (token_ids >= 0).all():
             sampled = plan.samples.copy()
@@ -245,7 +260,7 @@ class Scheduler:
                 growing = growing[:-1]
             ready, need = ready[ready != blocked], need[need != blocked]
         if len(need):
-            self._grow_by_one(need)
+            self._grow(need, np.ones(len(need), np.int32))
         return ready
 
     def _continue_prefills(self, budget: int) -> tuple[list[tuple[int, int]], int]:
@@ -271,14 +286,22 @@ class Scheduler:
         now_ns: int,
     ) -> None:
         """Give slots and blocks to waiting sequences, first come first served, while all of these last."""
+        wanted: list[tuple[int, int]] = []  # slot and number of the blocks that are taken in one go
         while self.waiting and budget > 0 and self._free_slots:
             seq = self.waiting[0]
             hits = self._prefix(seq)
-            if seq.num_in_flight or not self._fits(seq, hits):
-                return
+            if len(hits) and wanted:
+                # These were admitted before: their blocks come first, and a hit may be evicted for them.
+                num_cached = self.blocks.num_cached
+                self._take_blocks(wanted)
+                if self.blocks.num_cached < num_cached:
+                    hits = self._prefix(seq)
+            if seq.num_in_flight or not self._fits(seq, hits, sum(count for _, count in wanted)):
+                break
             self.waiting.popleft()
             self._displaced.pop(seq.seq_id, None)
             self._place(seq, hits, now_ns)
+            wanted.append((seq.slot, self._num_blocks_of(seq) - len(hits)))
             num_cached = len(hits) * self.blocks.block_size
             count = min(len(seq.token_ids) - num_cached, budget)
             budget -= count
@@ -288,25 +311,25 @@ class Scheduler:
             )
             if num_cached:
                 cached[seq.slot] = num_cached
+        self._take_blocks(wanted)
 
-    def _prefix(self, seq: Sequence) -> list[int]:
+    def _prefix(self, seq: Sequence) -> np.ndarray:
         """Cached blocks that a waiting sequence can take; at least its last token is always computed."""
-        if not self.blocks.prefix_caching:
-            return []
         usable = (len(seq.token_ids) - 1) // self.blocks.block_size
-        self.blocks.extend_hashes(seq.prefix_hashes, seq.token_ids, usable)
+        if self.blocks.prefix_caching:
+            self.blocks.hash_prompt(seq.prefix_hashes, seq.token_ids, usable)
         return self.blocks.find_prefix(seq.token_ids, seq.prefix_hashes[:usable])
 
-    def _fits(self, seq: Sequence, hits: list[int]) -> bool:
+    def _fits(self, seq: Sequence, hits: np.ndarray, num_wanted: int) -> bool:
         need = self._num_blocks_of(seq) - len(hits) + self.blocks.num_unused(hits)
         reserve = -(-len(self._order) * GROWTH_STEPS // self.blocks.block_size)
-        return need + reserve <= self.blocks.num_free
+        return need + reserve + num_wanted <= self.blocks.num_free
 
     def _num_blocks_of(self, seq: Sequence) -> int:
         return -(-len(seq.token_ids) // self.blocks.block_size)
 
-    def _place(self, seq: Sequence, hits: list[int], now_ns: int) -> None:
-        """Move a waiting sequence into a free slot, with blocks for all its tokens, `hits` among them."""
+    def _place(self, seq: Sequence, hits: np.ndarray, now_ns: int) -> None:
+        """Move a waiting sequence into a free slot, with `hits` as the first blocks of its table."""
         num_tokens = len(seq.token_ids)
         num_cached = len(hits) * self.blocks.block_size
         if seq.first_scheduled_ns is None:
@@ -327,34 +350,48 @@ class Scheduler:
         self._has_own_stops[slot] = bool(seq.stop_token_ids) or seq.stop_check is not None
         self._has_first_token[slot] = seq.first_token_ns is not None
         self._published[slot] = len(hits)
-        seq.parent = self.blocks.content_of(hits[-1]) if hits else ROOT
-        self.blocks.hit(seq.seq_id, hits)
-        self._enter(slot, hits)
-        self._enter(slot, self.blocks.allocate(seq.seq_id, self._num_blocks_of(seq) - len(hits)))
+        self._parent[slot] = self.blocks.content_of(hits[-1]) if len(hits) else ROOT
+        if len(hits):
+            self.blocks.hit(seq.seq_id, hits)
+            self._enter(slot, hits)
 
-    def _grow_by_one(self, slots: np.ndarray) -> None:
-        """A block for the next token of each slot."""
-        listed = slots.tolist()
-        for slot in listed:
-            seq = self._sequences[slot]
-            assert seq is not None
-            block = self.blocks.allocate_one(seq.seq_id)
-            self._table_columns.append(len(seq.block_ids))
-            self._table_blocks.append(block)
-            seq.block_ids.append(block)
-        self._table_slots.extend(listed)
-        self._capacity[slots] += self.blocks.block_size
+    def _take_blocks(self, wanted: list[tuple[int, int]]) -> None:
+        """Take the blocks that are wanted, which are none afterwards."""
+        if len(wanted) == 1:  # as where prompts share a prefix; a third of the time that _grow takes
+            ((slot, count),) = wanted
+            self._enter(slot, self.blocks.allocate(self._slot_seq_id.item(slot), count))
+        elif wanted:
+            slots, counts = np.array(wanted, np.int32).T
+            self._grow(slots, counts)
+        wanted.clear()
 
-    def _enter(self, slot: int, blocks: list[int]) -> None:
+    def _grow(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """`counts` [slots] more blocks for each slot."""
+        owners, columns = _spread(slots, self._capacity[slots] // self.blocks.block_size, counts)
+        blocks = self.blocks.allocate(self._slot_seq_id[owners], len(owners))
+        self._tables[owners, columns] = blocks
+        self._capacity[slots] += counts * self.blocks.block_size
+        self._new_entries.append(_TableEntries(owners, columns, blocks))
+
+    def _enter(self, slot: int, blocks: np.ndarray) -> None:
         """Append blocks to a slot's table and to the plan's table updates."""
+        first, count = self._num_held(slot), len(blocks)
+        self._tables[slot, first : first + count] = blocks
+        self._capacity[slot] += count * self.blocks.block_size
+        columns = np.arange(first, first + count, dtype=np.int32)
+        self._new_entries.append(_TableEntries(np.full(count, slot, np.int32), columns, blocks))
+
+    def _sequence_in(self, slot: int) -> Sequence:
         seq = self._sequences[slot]
-        assert seq is not None
-        first = len(seq.block_ids)
-        seq.block_ids.extend(blocks)
-        self._capacity[slot] += len(blocks) * self.blocks.block_size
-        self._table_slots.extend([slot] * len(blocks))
-        self._table_columns.extend(range(first, first + len(blocks)))
-        self._table_blocks.extend(blocks)
+        assert seq is not None, f"slot {slot} is empty"
+        return seq
+
+    def _num_held(self, slot: int) -> int:
+        return self._capacity.item(slot) // self.blocks.block_size
+
+    def _table_of(self, slot: int) -> np.ndarray:
+        """A running sequence's blocks."""
+        return self._tables[slot, : self._num_held(slot)]
 
     def _build_plan(
         self, step: int, decodes: np.ndarray, prefills: list[tuple[int, int]], admissions: list[Admission]
@@ -375,10 +412,8 @@ class Scheduler:
         self._in_flight[slots] += 1
         if prefills:
             self._num_prefilling -= int(np.count_nonzero(samples[len(decodes) :]))
-        tables = (self._table_slots, self._table_columns, self._table_blocks)
-        table_slots, table_columns, table_blocks = (np.array(values, np.int32) for values in tables)
-        for values in tables:
-            values.clear()
+        entries = _joined(self._new_entries)
+        self._new_entries.clear()
         self._publish_full_blocks(slots)
         return Plan(
             step=step,
@@ -390,86 +425,118 @@ class Scheduler:
             num_decodes=len(decodes),
             prefill_token_ids=prefill_ids,
             admissions=tuple(admissions),
-            table_slots=table_slots,
-            table_columns=table_columns,
-            table_blocks=table_blocks,
+            table_slots=entries.slots,
+            table_columns=entries.columns,
+            table_blocks=entries.blocks,
         )
 
     def _publish_full_blocks(self, slots: np.ndarray) -> None:
-        """Tell the prefix index of blocks that this step fills.
+        """Tell the prefix index of the slots' blocks that are full once the submitted steps have run.
 
-        That is before the step has run. A later plan may hit them, and runs after this one.
+        A later plan may hit them, and runs after these.
         """
         if not self.blocks.prefix_caching:
             return
-        full = np.minimum(self._computed[slots], self._committed[slots]) // self.blocks.block_size
-        due = np.flatnonzero(full > self._published[slots])
-        for slot, count in zip(slots[due].tolist(), full[due].tolist(), strict=True):
-            self._publish(slot, count)
+        full = self._num_full(slots)
+        due = full > self._published[slots]
+        if due.any():
+            self._publish(slots[due], full[due])
 
-    def _publish(self, slot: int, full: int) -> None:
-        """Offer the slot's first `full` blocks for reuse, as far as that has not been done."""
-        seq = self._sequences[slot]
-        assert seq is not None
-        size, hashes = self.blocks.block_size, seq.prefix_hashes
-        for i in range(self._published.item(slot), full):
-            if seq.parent is None:
-                break
-            content = self._tokens[slot, i * size : (i + 1) * size].tobytes()
-            if i == len(hashes):
-                hashes.append(self.blocks.chain_hash(hashes[-1] if hashes else 0, content))
-            seq.parent = self.blocks.publish(seq.seq_id, seq.block_ids[i], seq.parent, hashes[i], content)
-        self._published[slot] = full
+    def _num_full(self, slots: np.ndarray) -> np.ndarray:
+        """Blocks of each slot whose tokens are known and have their KV once the submitted steps have run."""
+        return np.minimum(self._computed[slots], self._committed[slots]) // self.blocks.block_size
+
+    def _publish(self, slots: np.ndarray, full: np.ndarray) -> None:
+        """Offer the slots' first `full` [slots] blocks for reuse, as far as that has not been done."""
+        first = self._published[slots]
+        self._published[slots] = full
+        goes_on = self._parent[slots] != CUT
+        if not goes_on.all():
+            slots, first, full = slots[goes_on], first[goes_on], full[goes_on]
+        counts = full - first
+        owners, columns = _spread(slots, first, counts)
+        tokens = self._token_blocks[owners, columns]
+        hashes = self._hashes_of(slots, first, full, tokens)
+        runs = zip(self._slot_seq_id[slots].tolist(), self._parent[slots].tolist(), counts.tolist(), strict=True)
+        ends = self.blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
+        self._parent[slots] = [CUT if end is None else end for end in ends]
+
+    def _hashes_of(self, slots: np.ndarray, first: np.ndarray, full: np.ndarray, tokens: np.ndarray) -> list[int]:
+        """Chained hashes of each slot's blocks from `first` to `full`, which hold `tokens`."""
+        hashes: list[int] = []
+        data, width = tokens.tobytes(), tokens.itemsize * self.blocks.block_size
+        at = 0  # of the slot's first block in `data`
+        for slot, start, end in zip(slots.tolist(), first.tolist(), full.tolist(), strict=True):
+            seq = self._sequence_in(slot)
+            own, past = seq.prefix_hashes, at + (end - start) * width
+            if len(own) < end:
+                self.blocks.extend_hashes(own, data[at + (len(own) - start) * width : past])
+            hashes += own[start:end]
+            at = past
+        return hashes
 
     # Leaving
 
     def _preempt(self, slot: int) -> Preemption:
-        seq = self._sequences[slot]
-        assert seq is not None
+        seq = self._sequence_in(slot)
         seq.token_ids = self._tokens[slot, : self._committed[slot]].copy()
         seq.num_in_flight = int(self._in_flight[slot])
         seq.num_preemptions += 1
         if seq.num_in_flight:
             self._displaced[seq.seq_id] = seq
-        freed = self._leave(slot, PREEMPTED)
+        freed = self._leave(np.array([slot], np.int32), [PREEMPTED])
         self.waiting.appendleft(seq)
         return Preemption(seq.seq_id, freed, self.blocks.num_free, seq.num_preemptions)
 
-    def _leave(self, slot: int, reason: str) -> int:
-        """Give back a slot and its blocks; returns how many blocks have no user left."""
-        seq = self._sequences[slot]
-        assert seq is not None
-        if self.blocks.prefix_caching:
-            self._publish(slot, int(min(self._computed[slot], self._committed[slot])) // self.blocks.block_size)
-        freed = self.blocks.free(seq.seq_id, seq.block_ids, reason)
-        if self._computed[slot] < self._prefill_end[slot]:
-            self._num_prefilling -= 1
-        seq.block_ids = []
-        seq.slot = -1
-        self._sequences[slot] = None
-        self._slot_seq_id[slot] = -1
-        self._order = self._order[self._order != slot]
-        self._free_slots.append(slot)
+    def _leave(self, slots: np.ndarray, reasons: list[str]) -> int:
+        """Give back slots and their blocks, one after the other; returns how many blocks have no user left."""
+        freed = self._free_blocks(slots, reasons)
+        self._num_prefilling -= int(np.count_nonzero(self._computed[slots] < self._prefill_end[slots]))
+        listed = slots.tolist()
+        for slot in listed:
+            self._sequence_in(slot).slot = -1
+            self._sequences[slot] = None
+        self._capacity[slots] = 0
+        self._slot_seq_id[slots] = -1
+        self._order = self._order[self._slot_seq_id[self._order] >= 0]
+        self._free_slots += listed
+        return freed
+
+    def _free_blocks(self, slots: np.ndarray, reasons: list[str]) -> int:
+        """What a sequence has not published yet is published just before its blocks are freed."""
+        full = self._num_full(slots)
+        due = np.flatnonzero(full > self._published[slots]).tolist() if self.blocks.prefix_caching else []
+        freed, first = 0, 0
+        for end in [*due, len(slots)]:
+            if first < end:
+                part = slots[first:end]
+                tables = [self._table_of(slot) for slot in part.tolist()]
+                freed += self.blocks.free(self._slot_seq_id[part].tolist(), tables, reasons[first:end])
+            if end < len(slots):
+                self._publish(slots[end : end + 1], full[end : end + 1])
+            first = end
         return freed
 
     def _end(self, slot: int, reason: str) -> Ended:
-        """A running sequence has ended; its slot is given back now, or when its last submitted step is committed."""
-        seq = self._sequences[slot]
-        assert seq is not None
+        """A running sequence has ended; `_release_ended` follows now, or when its last submitted step is committed."""
+        seq = self._sequence_in(slot)
         seq.end_reason = reason
         output = self._tokens[slot, seq.num_prompt_tokens : self._committed[slot]].copy()
         self._ended[slot] = True
         self._num_ended += 1
-        if not self._in_flight[slot]:
-            self._release_ended(slot)
         return Ended(sequence=seq, token_ids=output, reason=reason)
 
-    def _release_ended(self, slot: int) -> None:
-        seq = self._sequences[slot]
-        assert seq is not None
-        self._ended[slot] = False
-        self._num_ended -= 1
-        self._leave(slot, ABORTED if seq.end_reason == "abort" else FINISHED)
+    def _release_ended(self, slots: np.ndarray) -> None:
+        """Those of the slots whose sequence has ended, and whose submitted steps are all committed, are given back."""
+        slots = slots[self._ended[slots] & (self._in_flight[slots] == 0)]
+        if not len(slots):
+            return
+        self._ended[slots] = False
+        self._num_ended -= len(slots)
+        self._leave(slots, [self._free_reason(slot) for slot in slots.tolist()])
+
+    def _free_reason(self, slot: int) -> str:
+        return ABORTED if self._sequence_in(slot).end_reason == "abort" else FINISHED
 
     def _ended_waiting(self, seq: Sequence, reason: str) -> Ended:
         seq.end_reason = reason
@@ -496,6 +563,8 @@ class Scheduler:
         for i in np.flatnonzero(done).tolist():
             reason = "error" if not good[i] else "eos" if eos[i] else "stop" if stopped[i] else "max_tokens"
             ended.append(self._end(int(slots[i]), reason))
+        if len(ended):
+            self._release_ended(slots[done])
 
     def _own_stops(self, slots: np.ndarray, tokens: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Which rows end by a stop token or stop string of their own."""
@@ -504,16 +573,14 @@ class Scheduler:
         if not own.any():
             return stopped
         for i in np.flatnonzero(own & candidates).tolist():
-            seq = self._sequences[slots[i]]
-            assert seq is not None
+            seq = self._sequence_in(slots[i])
             stopped[i] = seq.stops_with(int(tokens[i]))
         return stopped
 
     def _note_first_tokens(self, slots: np.ndarray, now_ns: int) -> None:
         self._has_first_token[slots] = True
         for slot in slots.tolist():
-            seq = self._sequences[slot]
-            assert seq is not None
+            seq = self._sequence_in(slot)
             seq.first_token_ns = now_ns
 
     def _commit_displaced(
@@ -560,3 +627,19 @@ class Scheduler:
         self.waiting.remove(seq)
         del self._displaced[seq.seq_id]
         ended.append(self._ended_waiting(seq, reason))
+
+
+def _joined(entries: list[_TableEntries]) -> _TableEntries:
+    if not entries:
+        nothing = np.empty(0, np.int32)
+        return _TableEntries(nothing, nothing, nothing)
+    return _TableEntries(*(np.concatenate(parts) for parts in zip(*entries, strict=True)))
+
+
+def _spread(slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of `counts` [slots] blocks from column `first` [slots] on, one slot after the other: the slot and the column."""
+    if len(slots) == counts.sum() and counts.all():  # one each, as in a decode step
+        return slots, first
+    owners = np.repeat(slots, counts)
+    columns = np.arange(len(owners), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts - first, counts)
+    return owners, columns.astype(np.int32)

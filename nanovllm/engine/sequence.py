@@ -11,15 +11,14 @@ StopCheck = Callable[[int], bool]
 
 
 class Sequence:
-    """A sequence's identity, limits, times and KV blocks.
+    """A sequence's identity, limits and times.
 
-    While it runs, its tokens stand in the scheduler's token matrix and `token_ids` is stale; while it waits (new or
-    preempted), `token_ids` holds prompt and output so far.
+    While it runs, its tokens and its block table stand in the scheduler's matrices and `token_ids` is stale; while it
+    waits (new or preempted), `token_ids` holds prompt and output so far.
     """
 
     __slots__ = (
         "arrived_ns",
-        "block_ids",
         "end_reason",
         "first_scheduled_ns",
         "first_token_ns",
@@ -27,7 +26,6 @@ class Sequence:
         "num_in_flight",
         "num_preemptions",
         "num_prompt_tokens",
-        "parent",
         "prefix_hashes",
         "request_id",
         "row",
@@ -68,10 +66,6 @@ class Sequence:
         self.num_preemptions = 0
         self.slot = -1
         """Place in the running batch; -1 while waiting."""
-        self.block_ids: list[int] = []
-        """The block table."""
-        self.parent: int | None = 0
-        """Content number of the last published block; None once a hash collision has cut the chain."""
         self.prefix_hashes: list[int] = []
         """Chained hashes of the leading full blocks, as far as they have been needed."""
         self.num_in_flight = 0

@@ -6,29 +6,30 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.decode_work import DecodeWork
+from kernels.attention_work import DecodeWork, PrefillWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillMeta:
-    """The rows of a step that prefill."""
+class AttentionRows:
+    """A step's rows, decodes first. Tokens: one for each decode, the prefills', padding."""
 
+    num_decodes: int
     slots: Tensor
-    """int64 [prefills]; rows of the block tables."""
+    """int64 [rows]; rows of the block tables"""
+    context_lens: Tensor
+    """int32 [rows], the new tokens included"""
+    width: int
+    """Columns of the block tables that cover the longest row."""
     query_lens: list[int]
-    context_lens: list[int]
-    """The new tokens included."""
-    items: Tensor | None
-    """int32 [items, ITEM_FIELDS] of kernels/paged_prefill_attention.py"""
-    query_starts: Tensor
-    """int32 [prefills + 1]: where each row's tokens begin, and the end."""
-    context_lens_tensor: Tensor
-    """int32 [prefills]"""
+    """Of the prefills, as the next two."""
+    prefill_context_lens: list[int]
+    query_starts: Tensor | None
+    """int32 [prefills + 1]: where each one's tokens begin, counted from the first one's, and the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMeta:
-    """What a step's attention needs besides q, k and v. Tokens: one for each decode row, the prefills', padding."""
+    """What a step's attention needs besides q, k and v."""
 
     kv_cache: Tensor
     """[layers, 2, blocks, KV heads, block size, head size]"""
@@ -36,31 +37,24 @@ class AttentionMeta:
     """int32 [table rows, width], one row for each slot of the engine"""
     slot_mapping: Tensor
     """int64 [T]: where each token's KV goes, block * block size + offset; -1 for padding."""
-    num_decodes: int
-    decode_slots: Tensor
-    """int64 [decodes]; rows of the block tables"""
-    decode_context_lens: Tensor
-    """int32 [decodes], the new token included"""
-    decode_width: int
-    """Columns of the block tables that cover the longest decode row."""
-    work: DecodeWork | None
-    """How the Triton kernels share out the decode rows; None where others compute attention, or no row decodes."""
-    prefill: PrefillMeta | None
+    rows: AttentionRows | None = None
+    """For backends that go by rows."""
+    decode_work: DecodeWork | None = None
+    """For the Triton kernels, which go by work lists; None where nothing decodes."""
+    prefill_work: PrefillWork | None = None
+    """Likewise; None where nothing prefills."""
 
 
 class AttentionBackend(Protocol):
-    """Computes attention; caches are one layer's [blocks, KV heads, block size, head size]."""
+    """Computes attention."""
 
-    def decode(
+    def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, layer: int, scale: float, out: Tensor
     ) -> None:
-        """Write to `out` [decodes, Q, H]."""
-        ...
+        """Write to `out` [T, Q, H] for q [T, Q, H] over a layer's caches [blocks, KV heads, block size, head size].
 
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, out: Tensor
-    ) -> None:
-        """Write to `out` [prefill tokens, Q, H]."""
+        What padding tokens get is nobody's business.
+        """
         ...
 
 
@@ -78,16 +72,7 @@ class PagedAttention:
         return cache[0], cache[1]
 
     def __call__(self, q: Tensor, meta: AttentionMeta) -> Tensor:
-        """[T, Q, H] of q [T, Q, H], whose keys and values are in the cache; padding of a step with prefills is 0."""
-        k_cache, v_cache = self.caches(meta)
+        """[T, Q, H] of q [T, Q, H], whose keys and values are in the cache."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        decodes = meta.num_decodes
-        if decodes:
-            self.backend.decode(q[:decodes], k_cache, v_cache, meta, self.layer, self.scale, out[:decodes])
-        end = decodes
-        if meta.prefill is not None:
-            end += sum(meta.prefill.query_lens)
-            self.backend.prefill(q[decodes:end], k_cache, v_cache, meta, self.scale, out[decodes:end])
-        if end < len(q):
-            out[end:].zero_()
+        self.backend.attend(q, *self.caches(meta), meta, self.layer, self.scale, out)
         return out

@@ -10,23 +10,26 @@ from nanovllm.layers.attention import AttentionMeta
 
 
 class ReferenceAttention:
-    """The definition, on any device."""
+    """The definition, on any device. Padding gets zeros."""
 
-    def decode(
+    def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, layer: int, scale: float, out: Tensor
     ) -> None:
-        tables = meta.block_tables[meta.decode_slots, : meta.decode_width]
-        out.copy_(reference.paged_decode_attention(q, k_cache, v_cache, tables, meta.decode_context_lens, scale))
-
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, out: Tensor
-    ) -> None:
-        prefill = meta.prefill
-        assert prefill is not None
-        width = -(-max(prefill.context_lens) // k_cache.shape[2])
-        tables = meta.block_tables[prefill.slots, :width]
-        lens = prefill.query_lens, prefill.context_lens
-        out.copy_(reference.paged_prefill_attention(q, k_cache, v_cache, tables, *lens, scale))
+        rows = meta.rows
+        assert rows is not None
+        decodes, end = rows.num_decodes, rows.num_decodes + sum(rows.query_lens)
+        tables = meta.block_tables[rows.slots]
+        if decodes:
+            width = rows.width
+            if rows.query_lens:
+                width = -(-int(rows.context_lens[:decodes].max()) // k_cache.shape[2])
+            lens = rows.context_lens[:decodes]
+            args = k_cache, v_cache, tables[:decodes, :width], lens, scale
+            out[:decodes] = reference.paged_decode_attention(q[:decodes], *args)
+        if rows.query_lens:
+            args = k_cache, v_cache, tables[decodes:], rows.query_lens, rows.prefill_context_lens, scale
+            out[decodes:end] = reference.paged_prefill_attention(q[decodes:end], *args)
+        out[end:].zero_()
 
 
 class TritonAttention:
@@ -39,68 +42,55 @@ class TritonAttention:
         self._prefix = shared_prefix_attention.shared_prefix_attention
         self._prefill = paged_prefill_attention.paged_prefill_attention
 
-    def decode(
+    def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, layer: int, scale: float, out: Tensor
     ) -> None:
-        work = meta.work
-        assert work is not None
-        if work.shares_prefixes:
-            self._prefix(q, k_cache, v_cache, meta.block_tables, work, scale)
-        self._decode(q, k_cache, v_cache, meta.block_tables, work, layer, scale, out)
-
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, out: Tensor
-    ) -> None:
-        assert meta.prefill is not None
-        self._prefill(q, k_cache, v_cache, meta.block_tables, meta.prefill.items, scale, out)
+        tables = meta.block_tables
+        if (decode := meta.decode_work) is not None:
+            if decode.shares_prefixes:
+                self._prefix(q, k_cache, v_cache, tables, decode, scale)
+            self._decode(q, k_cache, v_cache, tables, decode, layer, scale, out)
+        if meta.prefill_work is not None:
+            self._prefill(q, k_cache, v_cache, tables, meta.prefill_work, layer, scale, out)
 
 
 class FlashAttention:
-    """The flash-attn package (Dao, arXiv 2307.08691); pages must be a multiple of 256 tokens."""
+    """The flash-attn package (Dao, arXiv 2307.08691); blocks must be a multiple of 256 tokens."""
 
-    PAGE_MULTIPLE = 256
+    BLOCK_MULTIPLE = 256
 
     def __init__(self, flash_attn: ModuleType) -> None:
         """`flash_attn`: the imported package."""
         self._decode = flash_attn.flash_attn_with_kvcache
         self._prefill = flash_attn.flash_attn_varlen_func
 
-    def decode(
+    def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, layer: int, scale: float, out: Tensor
     ) -> None:
-        attended = self._decode(
-            q.unsqueeze(1),
-            k_cache.transpose(1, 2),
-            v_cache.transpose(1, 2),
-            cache_seqlens=meta.decode_context_lens,
-            block_table=meta.block_tables.index_select(0, meta.decode_slots)[:, : meta.decode_width],
-            softmax_scale=scale,
-            causal=True,
-        )
-        out.copy_(attended.squeeze(1))
-
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, out: Tensor
-    ) -> None:
-        prefill = meta.prefill
-        assert prefill is not None
-        width = -(-max(prefill.context_lens) // k_cache.shape[2])
-        key_starts = _starts(prefill.context_lens_tensor)
-        attended = self._prefill(
-            q,
-            k_cache.transpose(1, 2),
-            v_cache.transpose(1, 2),
-            cu_seqlens_q=prefill.query_starts,
-            cu_seqlens_k=key_starts,
-            max_seqlen_q=max(prefill.query_lens),
-            max_seqlen_k=max(prefill.context_lens),
-            softmax_scale=scale,
-            causal=True,
-            block_table=meta.block_tables.index_select(0, prefill.slots)[:, :width].contiguous(),
-        )
-        out.copy_(attended)
-
-
-def _starts(lens: Tensor) -> Tensor:
-    """int32 [N + 1]: 0 and the running sums of lens [N]."""
-    return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+        rows = meta.rows
+        assert rows is not None
+        decodes, end = rows.num_decodes, rows.num_decodes + sum(rows.query_lens)
+        tables = meta.block_tables.index_select(0, rows.slots)[:, : rows.width].contiguous()
+        caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        if decodes:
+            out[:decodes] = self._decode(
+                q[:decodes].unsqueeze(1),
+                *caches,
+                cache_seqlens=rows.context_lens[:decodes],
+                block_table=tables[:decodes],
+                softmax_scale=scale,
+                causal=True,
+            ).squeeze(1)
+        if rows.query_lens:
+            lens = rows.context_lens[decodes:]
+            out[decodes:end] = self._prefill(
+                q[decodes:end],
+                *caches,
+                cu_seqlens_q=rows.query_starts,
+                cu_seqlens_k=torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0)),
+                max_seqlen_q=max(rows.query_lens),
+                max_seqlen_k=max(rows.prefill_context_lens),
+                softmax_scale=scale,
+                causal=True,
+                block_table=tables[decodes:],
+            )

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Iterable
 from itertools import groupby
 
-from nanovllm.events import ALLOCATE, FREE, HIT, RELEASE, BlockEvent
+from nanovllm.events import ALLOCATE, FREE, HIT, RELEASE, BlockEvent, BlockEvents
 from nanovllm.logging.lines import BLOCKS
 
 _TAKES = (ALLOCATE, HIT)
 _GIVES = (FREE, RELEASE)
 
 
-def log_block_events(events: tuple[BlockEvent, ...], num_blocks: int) -> None:
+def log_block_events(events: BlockEvents, num_blocks: int) -> None:
     """DEBUG lines of `events`, in their order; `num_blocks` is the size of the cache."""
     if not events or not BLOCKS.isEnabledFor(logging.DEBUG):
         return

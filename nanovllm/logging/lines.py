@@ -60,12 +60,11 @@ def log_kv_cache_allocated(memory: Callable[[], str]) -> None:
     log_memory(RUNNER, "After KV cache allocation", memory)
 
 
-def log_capture(*, num_graphs: int, largest: int, seconds: float, num_bytes: int) -> None:
-    """CUDA graphs of decode steps are ready; `num_bytes` counts the runner's other buffers too."""
+def log_capture(*, num_graphs: int, seconds: float, num_bytes: int) -> None:
+    """CUDA graphs are ready; `num_bytes` counts the runner's other buffers too."""
     RUNNER.info(
-        "Captured %d CUDA graphs of decode steps up to %d sequences in %.2fs, total_size=%.2fGB",
+        "Captured %d CUDA graphs in %.2fs, total_size=%.2fGB",
         num_graphs,
-        largest,
         seconds,
         num_bytes / GIGABYTE,
     )

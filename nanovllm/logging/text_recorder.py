@@ -4,7 +4,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanovllm.events import ArrivalEvent, BlockEvent, FinishedSequence, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import (
+    ArrivalEvent,
+    BlockEvents,
+    FinishedSequence,
+    Recorder,
+    RequestEvent,
+    ScheduleEvent,
+    StepEvent,
+)
 from nanovllm.logging.block_lines import log_block_events
 from nanovllm.logging.lines import ENGINE, THIN_RULE, log_memory
 from nanovllm.logging.model_facts import ModelFacts
@@ -86,7 +94,7 @@ class TextRecorder(Recorder):
         if event.finish_reason == "aborted":
             log_sequence_finished(FinishedSequence(event.seq_id, event.num_output_tokens, "abort"))
 
-    def on_abort(self, step: int, block_events: tuple[BlockEvent, ...]) -> None:
+    def on_abort(self, step: int, block_events: BlockEvents) -> None:
         log_block_events(block_events, 0)  # blocks are only given back, and those lines need no total
 
     def on_end(self) -> None:

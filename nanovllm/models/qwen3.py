@@ -14,6 +14,8 @@ from nanovllm.layers.ops import Ops
 from nanovllm.layers.rms_norm import RMSNorm
 from nanovllm.models.model_config import Qwen3Config
 
+Tokens = tuple[Tensor, Tensor]
+"""Ids, int64 [T], and the tokens that ids below 0 stand for: see kernels.reference.embed."""
 Place = tuple[Tensor, Tensor]
 """The rotary table, and each token's position: int64 [T]."""
 
@@ -83,20 +85,22 @@ class Qwen3Block(nn.Module):
 class Qwen3Model(nn.Module):
     def __init__(self, ops: Ops, backend: AttentionBackend, c: Qwen3Config, num_positions: int) -> None:
         super().__init__()
+        self.ops = ops
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size))
         self.layers = nn.ModuleList(Qwen3Block(ops, backend, c, layer) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(ops, c.hidden_size, c.rms_norm_eps)
         device = self.embed_tokens.weight.device
         self.rotary = rotary_table(c.head_dim, c.rope_theta, num_positions, device)
 
-    def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None
-    ) -> Tensor:
-        x_TD, residual_TD = self.embed_tokens(input_ids_T), None
+    def forward(self, tokens: Tokens, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None) -> Tensor:
+        ids_T, last_tokens = tokens
+        x_TD: Tensor = self.ops.embed(ids_T, self.embed_tokens.weight, last_tokens)
+        residual_TD: Tensor | None = None
         place = self.rotary, positions_T
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x_TD, residual_TD = layer(x_TD, residual_TD, place, meta, rows_N if i == last else None)
+        assert residual_TD is not None
         return self.norm.add(x_TD, residual_TD)[0]
 
 
@@ -118,14 +122,12 @@ class Qwen3ForCausalLM(nn.Module):
             self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
         self.requires_grad_(False)
 
-    def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tokens, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of tokens and positions, int64 [T]; [N, D] where `rows_N`, int64, selects some.
 
         All T tokens' keys and values are stored in any case; the last layer computes no more than that for the rest.
         """
-        return self.model(input_ids_T, positions_T, meta, rows_N)
+        return self.model(tokens, positions_T, meta, rows_N)
 
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, vocabulary]"""

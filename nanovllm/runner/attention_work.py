@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.decode_work import ITEM_FIELDS, DecodeWork
+from kernels.attention_work import ITEM_FIELDS, DecodeWork, PrefillWork
 from kernels.paged_decode_attention import decode_tuning, num_programs
 from kernels.paged_prefill_attention import tokens_per_item
 from kernels.shared_prefix_attention import members_per_item
@@ -15,7 +15,11 @@ from nanovllm.models.model_config import Qwen3Config
 from nanovllm.runner.batch import prefill_items
 from nanovllm.runner.decode_work import WorkLimits, share_out
 from nanovllm.runner.shared_prefixes import PrefixGroup, find_groups
+from nanovllm.runner.step_graphs import StepShape
 from nanovllm.runner.uploads import Padding
+
+_ITEMS, _MERGES, _PREFIX_ITEMS, _PREFILL_ITEMS = range(4)
+"""Where `work_counts` says how many there are of each."""
 
 
 class AttentionWork:
@@ -35,6 +39,7 @@ class AttentionWork:
         group = c.num_attention_heads // c.num_key_value_heads
         self.finds_prefixes = finds_prefixes
         self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
         self._num_layers = c.num_hidden_layers
         self._tokens_per_item = tokens_per_item(dtype, c.head_dim, group)
         self._limits = WorkLimits(
@@ -50,65 +55,71 @@ class AttentionWork:
         self._seq_ids = np.empty(0, np.int64)
         self._groups: list[PrefixGroup] = []
 
-    def prefill_items(self, plan: Plan) -> np.ndarray:
-        rows = slice(plan.num_decodes, None)
-        return prefill_items(plan.num_tokens[rows], plan.starts[rows], plan.slots[rows], self._tokens_per_item)
-
-    def decode_arrays(self, plan: Plan, tables: np.ndarray, context_lens: np.ndarray) -> dict[str, np.ndarray]:
-        """The work list of the plan's decode rows; `tables` are all slots', `context_lens` the decode rows'."""
+    def arrays(self, plan: Plan, tables: np.ndarray, context_lens: np.ndarray) -> dict[str, np.ndarray]:
+        """The plan's work lists; `tables` are all slots', `context_lens` the rows'."""
         decodes = plan.num_decodes
-        slots = plan.slots[:decodes]
-        if self.finds_prefixes:
-            self._find_prefixes(plan.seq_ids[:decodes], slots, tables, context_lens)
-        work = share_out(slots, context_lens, self._groups, self._block_size, self._limits)
-        counts = np.array([len(work.items), len(work.merges), len(work.prefix_items), 0], np.int32)
-        arrays = {
-            "work_counts": counts,
-            "counters": np.zeros(self._num_layers, np.int32),
-            "merges": work.merges,
-            "items": work.items,
-        }
-        if len(work.prefix_items):
-            arrays |= {
-                "prefix_items": work.prefix_items,
-                "members": work.members,
-                "member_partials": work.member_partials,
-            }
+        counts = np.zeros(4, np.int32)
+        # Of the decode kernel, then of the prefill kernel, one for each layer.
+        arrays = {"work_counts": counts, "counters": np.zeros(2 * self._num_layers, np.int32)}
+        if decodes < plan.num_rows:
+            rows = slice(decodes, None)
+            items = prefill_items(plan.num_tokens[rows], plan.starts[rows], plan.slots[rows], self._tokens_per_item)
+            items[:, 0] += decodes
+            counts[_PREFILL_ITEMS] = len(items)
+            arrays["prefill_items"] = items
+        if decodes:
+            slots, lens = plan.slots[:decodes], context_lens[:decodes]
+            if self.finds_prefixes:
+                self._find_prefixes(plan.seq_ids[:decodes], slots, tables, lens)
+            work = share_out(slots, lens, self._groups, self._block_size, self._limits)
+            counts[_ITEMS], counts[_MERGES] = len(work.items), len(work.merges)
+            counts[_PREFIX_ITEMS] = len(work.prefix_items)
+            arrays |= {"merges": work.merges, "items": work.items}
+            if len(work.prefix_items):
+                arrays["prefix_items"] = work.prefix_items
+                arrays["members"], arrays["member_partials"] = work.members, work.member_partials
         return arrays
 
-    def on_device(self, inputs: Mapping[str, Tensor], shares_prefixes: bool) -> DecodeWork:
-        """The same as the kernels take it."""
+    def decode_work(self, inputs: Mapping[str, Tensor], shares_prefixes: bool) -> DecodeWork:
+        """The decode rows' part of `arrays`, on the device."""
         counts = inputs["work_counts"]
-        none = counts[3:]
         return DecodeWork(
             items=inputs["items"],
-            num_items=counts[0:],
+            num_items=counts[_ITEMS:],
             counters=inputs["counters"],
             merges=inputs["merges"],
-            num_merges=counts[1:],
-            prefix_items=inputs.get("prefix_items", none),
-            num_prefix_items=counts[2:],
-            members=inputs.get("members", none),
-            member_partials=inputs.get("member_partials", none),
+            num_merges=counts[_MERGES:],
+            prefix_items=inputs.get("prefix_items", counts),
+            num_prefix_items=counts[_PREFIX_ITEMS:],
+            members=inputs.get("members", counts),
+            member_partials=inputs.get("member_partials", counts),
             partial_out=self._partial_out,
             partial_lse=self._partial_lse,
             shares_prefixes=shares_prefixes,
         )
 
-    def fixed_inputs(self, rows: int) -> dict[str, Padding]:
-        """Capacities for `rows` decode rows; the longest, `items`, last."""
-        prefixes = {
-            "prefix_items": Padding(np.int32, (self._limits.prefix_items(rows), ITEM_FIELDS), 0),
-            "members": Padding(np.int32, (rows,), 0),
-            "member_partials": Padding(np.int32, (rows,), 0),
-        }
-        return {
+    def prefill_work(self, inputs: Mapping[str, Tensor]) -> PrefillWork:
+        """The prefill rows' part of `arrays`, on the device."""
+        counts, counters = inputs["work_counts"][_PREFILL_ITEMS:], inputs["counters"][self._num_layers :]
+        return PrefillWork(items=inputs["prefill_items"], num_items=counts, counters=counters)
+
+    def fixed_inputs(self, shape: StepShape) -> dict[str, Padding]:
+        """Capacities for any step of the shape; the longest, `items`, last."""
+        rows = min(shape.num_tokens, self._max_num_seqs)
+        inputs = {
             "work_counts": Padding(np.int32, (4,), 0),
-            "counters": Padding(np.int32, (self._num_layers,), 0),
+            "counters": Padding(np.int32, (2 * self._num_layers,), 0),
             "merges": Padding(np.int32, (rows, 4), 0),
-            **(prefixes if self.finds_prefixes else {}),
-            "items": Padding(np.int32, (self._limits.items(rows), ITEM_FIELDS), 0),
         }
+        if shape.prefills:
+            num_items = -(-shape.num_tokens // self._tokens_per_item) + rows
+            inputs["prefill_items"] = Padding(np.int32, (num_items, ITEM_FIELDS), 0)
+        if shape.shares_prefixes:
+            inputs["prefix_items"] = Padding(np.int32, (self._limits.prefix_items(rows), ITEM_FIELDS), 0)
+            inputs["members"] = Padding(np.int32, (rows,), 0)
+            inputs["member_partials"] = Padding(np.int32, (rows,), 0)
+        inputs["items"] = Padding(np.int32, (self._limits.items(rows), ITEM_FIELDS), 0)
+        return inputs
 
     def _find_prefixes(
         self, seq_ids: np.ndarray, slots: np.ndarray, tables: np.ndarray, context_lens: np.ndarray

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels.decode_work import ITEM_FIELDS
+from kernels.attention_work import ITEM_FIELDS
 from nanovllm.engine.plan import Plan
 
 
@@ -27,7 +27,7 @@ class PackedBatch:
     num_tokens: int
     """Without padding."""
     input_ids: np.ndarray
-    """int64 [padded tokens]; 0 for decode rows, whose token is on the device, and for padding."""
+    """int64 [padded tokens]; of decode rows, whose token is on the device, -1 - slot; 0 for padding."""
     positions: np.ndarray
     """int64 [padded tokens]"""
     slot_mapping: np.ndarray
@@ -54,6 +54,7 @@ def pack(plan: Plan, tables: BlockTables, block_size: int, multiple: int) -> Pac
     positions[:num_tokens] = positions_of
 
     input_ids = np.zeros(padded, np.int64)
+    input_ids[: plan.num_decodes] = -1 - plan.slots[: plan.num_decodes]
     input_ids[plan.num_decodes : num_tokens] = plan.prefill_token_ids
 
     slot_mapping = np.full(padded, -1, np.int64)

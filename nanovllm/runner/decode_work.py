@@ -1,18 +1,18 @@
-"""Shares out a decode step's attention: chunks of each row's tokens, shared prefixes, and what is merged. Pure numpy."""
+"""Shares out a decode step's attention: chunks of each row's tokens, shared prefixes, what is merged. Pure numpy."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from kernels.decode_work import ITEM_FIELDS
+from kernels.attention_work import ITEM_FIELDS
 from nanovllm.runner.shared_prefixes import PrefixGroup
 
 TILE = 64
 """Chunks are whole tiles of the kernel."""
 MIN_CHUNK, MAX_CHUNK = 128, 1024
 """Tokens; below, an item's own cost shows, above, the last items of a launch run alone."""
-ITEMS_PER_PROGRAM = 4
+ITEMS_PER_PROGRAM = 2
 """How many items each program should get where the batch is small enough to choose."""
 MIN_PREFIX_CHUNK = 256
 EXTRA_ITEMS = 2048
@@ -44,7 +44,7 @@ class WorkLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkArrays:
-    """The arrays of kernels/decode_work.py, int32, without its scratch."""
+    """The arrays of kernels/attention_work.py, int32, without its scratch."""
 
     items: np.ndarray
     merges: np.ndarray
@@ -58,7 +58,7 @@ def share_out(
 ) -> WorkArrays:
     """Work for rows with `context_lens` [rows] tokens in the block tables' rows `slots` [rows].
 
-    A row's partials follow each other: those of its shared prefix, then those of its own chunks.
+    A row's partials follow each other: those of its shared prefix, then those of its own chunks, if these are several.
     """
     num_rows = len(slots)
     starts = np.zeros(num_rows, np.int64)
@@ -69,12 +69,12 @@ def share_out(
         prefix_chunks[group.rows] = num_chunks
     own = context_lens - starts
     sizes, counts = _chunks(own, limits)
-    partials = np.where(prefix_chunks + counts > 1, prefix_chunks + counts, 0)
+    partials = prefix_chunks + np.where(counts > 1, counts, 0)
     first_partials = np.cumsum(partials) - partials
-    merged = np.flatnonzero(partials)
+    merged = np.flatnonzero(counts > 1)
     merges = np.zeros((len(merged), 4), np.int32)
     merges[:, 0], merges[:, 1], merges[:, 2] = merged, first_partials[merged], partials[merged]
-    items = _items(slots, starts, own, sizes, counts, np.where(partials > 0, first_partials + prefix_chunks, -1))
+    items = _items(slots, starts, own, sizes, counts, first_partials, prefix_chunks)
     if not plans:
         empty = np.empty(0, np.int32)
         no_items = np.empty((0, ITEM_FIELDS), np.int32)
@@ -98,7 +98,7 @@ def _chunks(own: np.ndarray, limits: WorkLimits) -> tuple[np.ndarray, np.ndarray
     counts = -(-own // size)
     # The same number of chunks, of nearly equal size: a short last one costs almost as much as a long one.
     sizes = -(-own // (counts * TILE)) * TILE
-    return sizes, -(-own // sizes)
+    return sizes, counts
 
 
 def _items(
@@ -108,6 +108,7 @@ def _items(
     sizes: np.ndarray,
     counts: np.ndarray,
     first_partials: np.ndarray,
+    prefix_chunks: np.ndarray,
 ) -> np.ndarray:
     """Longest first, so that the launch ends on small ones."""
     if counts.max() == 1:
@@ -119,10 +120,12 @@ def _items(
         offset = chunk * sizes[rows]
         first = starts[rows] + offset
         length = np.minimum(own[rows] - offset, sizes[rows])
-    partial = first_partials[rows]
     items = np.zeros((len(rows), ITEM_FIELDS), np.int32)
     items[:, 0], items[:, 1], items[:, 2], items[:, 3] = rows, slots[rows], first, first + length
-    items[:, 4] = np.where(partial >= 0, partial + chunk, -1)
+    several = counts[rows] > 1
+    items[:, 4] = np.where(several, first_partials[rows] + prefix_chunks[rows] + chunk, -1)
+    items[:, 5] = first_partials[rows]
+    items[:, 6] = np.where(several, 0, prefix_chunks[rows])
     most = np.iinfo(np.uint16).max  # 16-bit keys are sorted by radix
     order = np.argsort((most - np.minimum(length, most)).astype(np.uint16), kind="stable")
     return items[order]

@@ -43,6 +43,15 @@ def choose_num_blocks(kv: KVConfig, bytes_per_block: int, available_bytes: int, 
 
 
 def allocate(config: Qwen3Config, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised [layers, 2, blocks, KV heads, block size, head size]."""
+    """Uninitialised [layers, 2, blocks, KV heads, block size, head size].
+
+    Raises SettingError where a GPU has not so much left, as when another process has just taken it.
+    """
     shape = (config.num_hidden_layers, 2, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
-    return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        raise SettingError(
+            f"a KV cache of {num_blocks} blocks does not fit into the memory that is free on {device}; is another "
+            f"process using it? Free memory, or set kv.num_blocks or a lower kv.memory_fraction ({error})"
+        ) from error

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from kernels import reference
 from nanovllm.engine.plan import Plan, StepResult
-from nanovllm.layers.attention import AttentionMeta, PrefillMeta
+from nanovllm.layers.attention import AttentionMeta, AttentionRows
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.runner.attention_work import AttentionWork
 from nanovllm.runner.batch import BlockTables, PackedBatch, pack
-from nanovllm.runner.decode_graphs import DecodeGraphs
 from nanovllm.runner.device_state import DeviceState
 from nanovllm.runner.memory import device_memory
 from nanovllm.runner.sampling_table import settings_rows
+from nanovllm.runner.step_graphs import GraphSizes, StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding, Uploader
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     token_ids: np.ndarray
     """On the host once `done` has happened."""
@@ -51,12 +51,12 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         work: AttentionWork | None = None,
-        graph_sizes: list[int] | None = None,
+        graph_sizes: GraphSizes | None = None,
         capture: bool = True,
     ) -> None:
         """`kv_cache`: [layers, 2, blocks, KV heads, block size, head size], on the model's device.
 
-        `work` shares out attention for the Triton kernels, None where others compute it. Decode steps run at the fixed
+        `work` shares out attention for the Triton kernels, None where others compute it. Steps run at the fixed
         `graph_sizes`, as CUDA graphs if `capture`, which are captured here; None runs every step at its own size.
         """
         self.device = kv_cache.device
@@ -79,14 +79,14 @@ class ModelRunner:
         self._num_submitted = 0
         self._launched: deque[_Launched] = deque()
         self._memory: tuple[int, int] | None = None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if graph_sizes is not None:
             with torch.inference_mode():
-                self.graphs = DecodeGraphs(
-                    self._decode_step,
+                self.graphs = StepGraphs(
+                    self._fixed_step,
                     self._fixed_inputs,
                     graph_sizes,
-                    with_prefixes=work is not None and work.finds_prefixes,
+                    finds_prefixes=work is not None and work.finds_prefixes,
                     capture=capture,
                 )
 
@@ -94,13 +94,19 @@ class ModelRunner:
     def submit(self, plan: Plan) -> None:
         began = time.perf_counter()
         self._tables.update(plan)
-        has_fixed_size = plan.num_decodes == plan.num_rows and self.graphs is not None
-        batch = pack(plan, self._tables, self._block_size, 1 if has_fixed_size else self._multiple)
+        prefills = plan.num_decodes < plan.num_rows
+        has_shape = self.graphs is not None and (not prefills or bool(self.graphs.sizes.tokens))
+        batch = pack(plan, self._tables, self._block_size, 1 if has_shape else self._multiple)
         arrays = self._arrays(plan, batch)
-        if has_fixed_size:
-            self._submit_graph(plan, arrays, began)
+        shape = None
+        if self.graphs is not None:
+            shares_prefixes = len(arrays.get("prefix_items", ())) > 0
+            sizes = batch.num_tokens, batch.num_sampled
+            shape = self.graphs.shape(*sizes, prefills=prefills, shares_prefixes=shares_prefixes)
+        if shape is None:
+            self._run_at_own_size(plan, batch, arrays, began)
         else:
-            self._submit_eager(plan, batch, arrays, began)
+            self._run_at_shape(shape, plan, batch, arrays, began)
 
     def collect(self) -> StepResult:
         step = self._launched.popleft()
@@ -124,20 +130,30 @@ class ModelRunner:
 
     # Launching
 
-    def _submit_graph(self, plan: Plan, arrays: dict[str, np.ndarray], began: float) -> None:
+    def _run_at_shape(
+        self, shape: StepShape, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float
+    ) -> None:
         assert self.graphs is not None
-        self.graphs.send(plan.num_rows, arrays)
+        if shape.prefills:
+            # New tables and settings come in any number: they are entered before the step.
+            self._memory = None
+            entered = {name: arrays.pop(name) for name in _ENTERED if name in arrays}
+            self._enter(self._uploader.send(entered))
+        self.graphs.send(shape, arrays)
         prepared = time.perf_counter()
         started = self._mark(0)
-        tokens = self.graphs.run(plan.num_rows, len(arrays.get("prefix_items", ())) > 0)
-        size = self.graphs.size_for(plan.num_rows)
-        self._launch(tokens, started, began, prepared, padded_rows=size, logits_rows=size, cuda_graph=True)
+        tokens = self.graphs.run(shape)[: batch.num_sampled]
+        padded_rows = plan.num_rows if shape.prefills else shape.num_tokens
+        self._launch(
+            tokens, started, began, prepared, padded_rows=padded_rows, logits_rows=shape.num_sampled, cuda_graph=True
+        )
 
-    def _submit_eager(self, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float) -> None:
+    def _run_at_own_size(self, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float) -> None:
         inputs = self._uploader.send(arrays)
         prepared = time.perf_counter()
         started = self._mark(0)
-        tokens = self._eager_step(plan, batch, inputs)
+        self._enter(inputs)
+        tokens = self._step(inputs, self._own_meta(plan, batch, inputs), batch.num_sampled)
         self._memory = None
         logits_rows = len(batch.logits_index)
         self._launch(tokens, started, began, prepared, padded_rows=plan.num_rows, logits_rows=logits_rows)
@@ -181,63 +197,75 @@ class ModelRunner:
 
     # What the device does
 
-    def _decode_step(self, inputs: Mapping[str, Tensor], shares_prefixes: bool) -> Tensor:
-        """A whole decode step over fixed inputs: tokens int32 [size]."""
-        self._state.update(inputs)
-        slots, context_lens = inputs["slots"], inputs["context_lens"]
-        meta = self._meta(inputs, len(slots), self._state.block_tables.shape[1], shares_prefixes, None)
-        input_ids = self._state.last_tokens.index_select(0, slots)
-        hidden = self._model(input_ids, inputs["positions"], meta)
-        tokens = self._sample(hidden, slots, context_lens)
-        self._state.keep_tokens(slots, tokens)
-        return tokens
-
-    def _eager_step(self, plan: Plan, batch: PackedBatch, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Any plan, at its own size: tokens int32 [rows that sample]."""
-        self._state.update(inputs)
-        if plan.admissions:
+    def _enter(self, inputs: Mapping[str, Tensor]) -> None:
+        """Block table entries, and the sampling of sequences that take a slot."""
+        self._state.update_tables(inputs["table_places"], inputs["table_blocks"])
+        if "settings" in inputs:
             self._state.sampling.enter(inputs["admitted_slots"], inputs["settings"])
-        decodes = plan.num_decodes
-        slots, input_ids = inputs["slots"], inputs["input_ids"]
-        if decodes:
-            input_ids[:decodes] = self._state.last_tokens.index_select(0, slots[:decodes])
-        prefill = None if decodes == plan.num_rows else _prefill_meta(plan, batch, inputs)
-        shares_prefixes = len(inputs.get("prefix_items", ())) > 0
-        meta = self._meta(inputs, decodes, batch.width, shares_prefixes, prefill)
-        hidden = self._model(input_ids, inputs["positions"], meta, inputs["logits_index"])
-        if not batch.num_sampled:
+
+    def _fixed_step(self, inputs: Mapping[str, Tensor], shape: StepShape) -> Tensor:
+        """A whole step over inputs of that shape: tokens int32 [num_sampled]."""
+        if not shape.prefills:
+            self._state.update_tables(inputs["table_places"], inputs["table_blocks"])
+        rows = decode_work = prefill_work = None
+        if self._work is None:
+            rows = AttentionRows(
+                num_decodes=shape.num_tokens,
+                slots=inputs["sample_slots"],
+                context_lens=inputs["sample_positions"],  # the sampled token comes right behind the context
+                width=self._state.block_tables.shape[1],
+                query_lens=[],
+                prefill_context_lens=[],
+                query_starts=None,
+            )
+        else:
+            decode_work = self._work.decode_work(inputs, shape.shares_prefixes)
+            prefill_work = self._work.prefill_work(inputs) if shape.prefills else None
+        meta = AttentionMeta(
+            kv_cache=self._kv_cache,
+            block_tables=self._state.block_tables,
+            slot_mapping=inputs["slot_mapping"],
+            rows=rows,
+            decode_work=decode_work,
+            prefill_work=prefill_work,
+        )
+        return self._step(inputs, meta, shape.num_sampled)
+
+    def _step(self, inputs: Mapping[str, Tensor], meta: AttentionMeta, num_sampled: int) -> Tensor:
+        """int32 [num_sampled]; the slots remember what they sampled."""
+        tokens = inputs["input_ids"], self._state.last_tokens
+        hidden = self._model(tokens, inputs["positions"], meta, inputs.get("logits_index"))
+        if not num_sampled:  # of no row is this the last chunk; its keys and values are stored all the same
             return torch.empty(0, dtype=torch.int32, device=self.device)
-        sampled_slots = inputs["sample_slots"]
-        tokens = self._sample(hidden, sampled_slots, inputs["sample_positions"])
-        self._state.keep_tokens(sampled_slots, tokens)
-        return tokens
+        logits = self._model.compute_logits(hidden)[:num_sampled]
+        draws = self._state.sampling.draws(inputs["sample_slots"], inputs["sample_positions"])
+        return self._model.ops.sample(logits, draws, self._state.last_tokens).to(torch.int32)
 
-    def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """int32 [slots] from the first rows of `hidden`, which may be padded."""
-        logits = self._model.compute_logits(hidden)[: len(slots)]
-        return self._model.ops.sample(logits, self._state.sampling.draws(slots, positions)).to(torch.int32)
-
-    def _meta(
-        self,
-        inputs: Mapping[str, Tensor],
-        num_decodes: int,
-        width: int,
-        shares_prefixes: bool,
-        prefill: PrefillMeta | None,
-    ) -> AttentionMeta:
-        work = None
-        if self._work is not None and num_decodes:
-            work = self._work.on_device(inputs, shares_prefixes)
+    def _own_meta(self, plan: Plan, batch: PackedBatch, inputs: Mapping[str, Tensor]) -> AttentionMeta:
+        decodes = plan.num_decodes
+        prefills = decodes < plan.num_rows
+        rows = decode_work = prefill_work = None
+        if self._work is None:
+            rows = AttentionRows(
+                num_decodes=decodes,
+                slots=inputs["slots"],
+                context_lens=inputs["context_lens"],
+                width=batch.width,
+                query_lens=plan.num_tokens[decodes:].tolist(),
+                prefill_context_lens=batch.context_lens[decodes:].tolist(),
+                query_starts=inputs["query_starts"],
+            )
+        else:
+            shares_prefixes = len(inputs.get("prefix_items", ())) > 0
+            decode_work = self._work.decode_work(inputs, shares_prefixes) if decodes else None
+            prefill_work = self._work.prefill_work(inputs) if prefills else None
         return AttentionMeta(
             kv_cache=self._kv_cache,
             block_tables=self._state.block_tables,
             slot_mapping=inputs["slot_mapping"],
-            num_decodes=num_decodes,
-            decode_slots=inputs["slots"][:num_decodes],
-            decode_context_lens=inputs["context_lens"][:num_decodes],
-            decode_width=width,
-            work=work,
-            prefill=prefill,
+            rows=rows,
+            decode_work=decode_work,
+            prefill_work=prefill_work,
         )
 
     # What the host prepares
@@ -248,55 +276,45 @@ class ModelRunner:
         arrays = {
             "table_places": plan.table_slots.astype(np.int64) * width + plan.table_columns,
             "table_blocks": plan.table_blocks,
-            "slots": plan.slots.astype(np.int64),
+            "input_ids": batch.input_ids,
             "positions": batch.positions,
             "slot_mapping": batch.slot_mapping,
-            "context_lens": batch.context_lens,
+            "logits_index": batch.logits_index,
+            "sample_slots": batch.sample_slots.astype(np.int64),
+            "sample_positions": batch.sample_positions,
         }
-        decodes = plan.num_decodes
-        if decodes < plan.num_rows or self.graphs is None:
-            arrays |= {
-                "input_ids": batch.input_ids,
-                "logits_index": batch.logits_index,
-                "sample_slots": batch.sample_slots.astype(np.int64),
-                "sample_positions": batch.sample_positions,
-            }
         if plan.admissions:
             arrays["admitted_slots"] = np.array([admission.slot for admission in plan.admissions], np.int64)
             arrays["settings"] = settings_rows(plan.admissions)
-        if decodes < plan.num_rows:
-            counts = plan.num_tokens[decodes:]
-            arrays["query_starts"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-            if self._work is not None:
-                arrays["prefill_items"] = self._work.prefill_items(plan)
-        if self._work is not None and decodes:
-            arrays |= self._work.decode_arrays(plan, self._tables.array, batch.context_lens[:decodes])
-        return arrays
-
-    def _fixed_inputs(self, rows: int) -> FixedInputs:
-        inputs = {
-            "table_places": Padding(np.int64, (rows,), self._state.spare_entry),
-            "table_blocks": Padding(np.int32, (rows,), 0),
-            "slots": Padding(np.int64, (rows,), self._state.spare_slot),
-            "positions": Padding(np.int64, (rows,), 0),
-            "slot_mapping": Padding(np.int64, (rows,), -1),
-            "context_lens": Padding(np.int32, (rows,), 0),
-        }
         if self._work is not None:
-            inputs |= self._work.fixed_inputs(rows)
+            return arrays | self._work.arrays(plan, self._tables.array, batch.context_lens)
+        counts = plan.num_tokens[plan.num_decodes :]
+        return arrays | {
+            "slots": plan.slots.astype(np.int64),
+            "context_lens": batch.context_lens,
+            "query_starts": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        }
+
+    def _fixed_inputs(self, shape: StepShape) -> FixedInputs:
+        state = self._state
+        inputs = {
+            "input_ids": Padding(np.int64, (shape.num_tokens,), -1 - state.spare_slot),
+            "positions": Padding(np.int64, (shape.num_tokens,), 0),
+            "slot_mapping": Padding(np.int64, (shape.num_tokens,), -1),
+            "sample_slots": Padding(np.int64, (shape.num_sampled,), state.spare_slot),
+            "sample_positions": Padding(np.int32, (shape.num_sampled,), 0),
+        }
+        if shape.prefills:
+            inputs["logits_index"] = Padding(np.int64, (shape.num_sampled,), 0)
+        else:
+            inputs["table_places"] = Padding(np.int64, (shape.num_tokens,), state.spare_entry)
+            inputs["table_blocks"] = Padding(np.int32, (shape.num_tokens,), 0)
+        if self._work is not None:
+            inputs |= self._work.fixed_inputs(shape)
         return FixedInputs(inputs, self.device, self._depth)
 
 
-def _prefill_meta(plan: Plan, batch: PackedBatch, inputs: Mapping[str, Tensor]) -> PrefillMeta:
-    decodes = plan.num_decodes
-    return PrefillMeta(
-        slots=inputs["slots"][decodes:],
-        query_lens=plan.num_tokens[decodes:].tolist(),
-        context_lens=batch.context_lens[decodes:].tolist(),
-        items=inputs.get("prefill_items"),
-        query_starts=inputs["query_starts"],
-        context_lens_tensor=inputs["context_lens"][decodes:],
-    )
+_ENTERED = ("table_places", "table_blocks", "admitted_slots", "settings")
 
 
 def _event_pair() -> "tuple[torch.cuda.Event, torch.cuda.Event]":

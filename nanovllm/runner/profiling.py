@@ -12,6 +12,7 @@ from nanovllm.models.model_config import Qwen3Config
 from nanovllm.runner.kv_cache import allocate
 from nanovllm.runner.memory import free_host_memory
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.step_graphs import GraphSizes
 from nanovllm.sampling_params import ResolvedSampling
 
 GRAPH_BYTES = 8 * 2**20
@@ -19,8 +20,8 @@ GRAPH_BYTES = 8 * 2**20
 
 
 def available_kv_bytes(
-    make_runner: Callable[[Tensor, list[int] | None], ModelRunner],
-    graph_sizes: list[int] | None,
+    make_runner: Callable[[Tensor, GraphSizes | None], ModelRunner],
+    graph_sizes: GraphSizes | None,
     c: Qwen3Config,
     config: LLMConfig,
     dtype: torch.dtype,
@@ -38,11 +39,11 @@ def available_kv_bytes(
     blocks = most * -(-max(1, budget // most) // config.kv.block_size) + -(-budget // config.kv.block_size)
     kv_cache = allocate(c, blocks, config.kv.block_size, dtype, device)
     before = _free(device)
-    runner = make_runner(kv_cache, graph_sizes and graph_sizes[-1:])
-    standing = before - _free(device) + GRAPH_BYTES * 2 * len(graph_sizes or ())
+    runner = make_runner(kv_cache, graph_sizes and graph_sizes.largest())
+    standing = max(before - _free(device), 0) + GRAPH_BYTES * (graph_sizes.most_graphs() if graph_sizes else 0)
     torch.cuda.reset_peak_memory_stats(device)
     allocated = torch.cuda.memory_allocated(device)
-    for length in {min(budget, max_model_len - 1), max(1, budget // most)}:
+    for length in {min(budget, max_model_len - 1), max(1, min(budget // most, max_model_len - 1))}:
         rows = min(most, budget // length)
         runner.submit(_prefill_plan(rows, length, -(-length // config.kv.block_size)))
         runner.collect()

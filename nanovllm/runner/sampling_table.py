@@ -33,7 +33,17 @@ class SamplingTable:
     """One row for each slot, entered when a sequence takes the slot; an empty slot is greedy."""
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
-        self._rows = torch.zeros((num_slots, _WIDTH), dtype=torch.int32, device=device)
+        self._rows = rows = torch.zeros((num_slots, _WIDTH), dtype=torch.int32, device=device)
+        wide, real = rows.view(torch.int64), rows.view(torch.float32)
+        self._settings = (
+            real[:, _TEMPERATURE],
+            rows[:, _TOP_K],
+            real[:, _TOP_P],
+            real[:, _MIN_P],
+            wide[:, _SEED // 2],
+            wide[:, _ROW // 2],
+            rows[:, _SAMPLE],
+        )
 
     def enter(self, slots: Tensor, rows: Tensor) -> None:
         """`slots` int64 [N], `rows` as settings_rows makes them."""
@@ -41,15 +51,4 @@ class SamplingTable:
 
     def draws(self, slots: Tensor, positions: Tensor) -> Draws:
         """For rows of logits that belong to `slots`, int64 [N], and sample the token at `positions`, int32 [N]."""
-        rows = self._rows.index_select(0, slots)
-        wide, real = rows.view(torch.int64), rows.view(torch.float32)
-        return Draws(
-            temperature=real[:, _TEMPERATURE],
-            top_k=rows[:, _TOP_K],
-            top_p=real[:, _TOP_P],
-            min_p=real[:, _MIN_P],
-            seed=wide[:, _SEED // 2],
-            row=wide[:, _ROW // 2],
-            sample=rows[:, _SAMPLE],
-            position=positions,
-        )
+        return Draws(*self._settings, position=positions, slot=slots)

@@ -7,6 +7,8 @@ import numpy as np
 MIN_MEMBERS = 4
 MIN_SAVED_TOKENS = 4096
 """Tokens whose keys and values need not be read again, below which a group costs more than it saves."""
+MAX_FORKS = 100
+"""Branches of the tree of blocks that are followed one behind the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,34 +20,41 @@ class PrefixGroup:
 
 
 def find_groups(tables: np.ndarray, num_full_blocks: np.ndarray, block_size: int) -> list[PrefixGroup]:
-    """Disjoint groups that together save most reads, each row in one at most.
+    """Disjoint groups of rows that share a prefix, each row in one at most.
 
     `tables` is int32 [rows, W]; only a row's first `num_full_blocks` [rows] count. Tables form a tree of blocks; a
-    node's group is taken whole or split into its children's, whichever saves more.
+    node's rows are one group, or its children's groups, whichever saves more.
     """
     if len(tables) < MIN_MEMBERS:
         return []
     masked = np.where(np.arange(tables.shape[1]) < num_full_blocks[:, None], tables, -1)
-    rows = np.arange(len(tables))
     found: list[PrefixGroup] = []
-    for members in _split(masked[:, 0], rows):
-        found += _best(masked, members, 1, block_size)[1]
+    for members in _split(masked[:, 0], np.arange(len(tables))):
+        found += _best(masked, members, 1, block_size, MAX_FORKS)[1]
     return found
 
 
-def _best(masked: np.ndarray, rows: np.ndarray, depth: int, block_size: int) -> tuple[int, list[PrefixGroup]]:
-    """(saved tokens, groups) of rows that share their first `depth` blocks."""
-    first = masked[rows[0]]
-    same = (masked[rows] == first).all(0) & (first >= 0)
-    differs = np.flatnonzero(~same[depth:])
-    depth = depth + int(differs[0]) if len(differs) else masked.shape[1]
-    saved = (len(rows) - 1) * depth * block_size
-    whole = (saved, [PrefixGroup(rows, depth)]) if saved >= MIN_SAVED_TOKENS else (0, [])
-    if depth == masked.shape[1]:
-        return whole
-    parts = [_best(masked, members, depth + 1, block_size) for members in _split(masked[rows, depth], rows)]
-    split = sum(saved for saved, _ in parts), [group for _, groups in parts for group in groups]
-    return max(whole, split, key=lambda choice: choice[0])
+def _best(
+    masked: np.ndarray, rows: np.ndarray, depth: int, block_size: int, forks: int
+) -> tuple[int, list[PrefixGroup]]:
+    """(saved tokens, groups) of rows that share their first `depth` blocks, the tree forking `forks` times at most."""
+    best: tuple[int, list[PrefixGroup]] = (0, [])
+    while True:
+        rest = masked[rows, depth:]
+        differs = np.flatnonzero(((rest != rest[0]) | (rest[0] < 0)).any(0))
+        depth += int(differs[0]) if len(differs) else rest.shape[1]
+        saved = (len(rows) - 1) * depth * block_size
+        if saved >= MIN_SAVED_TOKENS and saved > best[0]:
+            best = saved, [PrefixGroup(rows, depth)]
+        parts = _split(masked[rows, depth], rows) if depth < masked.shape[1] else []
+        if len(parts) != 1:
+            break
+        rows, depth = parts[0], depth + 1
+    if forks:
+        below = [_best(masked, members, depth + 1, block_size, forks - 1) for members in parts]
+        apart = sum(saved for saved, _ in below), [group for _, groups in below for group in groups]
+        best = max(best, apart, key=lambda choice: choice[0])
+    return best
 
 
 def _split(blocks: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.events import ArrivalEvent, BlockEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import ArrivalEvent, BlockEvent, BlockEvents, Recorder, RequestEvent, ScheduleEvent, StepEvent
 from nanovllm.sampling_params import ResolvedSampling
 from tests.engine.shadow import ShadowRunner
 
@@ -41,7 +41,7 @@ class Log(Recorder):
         self.requests.append(event)
         self.calls.append(f"request {event.seq_id}")
 
-    def on_abort(self, step: int, block_events: tuple[BlockEvent, ...]) -> None:
+    def on_abort(self, step: int, block_events: BlockEvents) -> None:
         self.block_events += block_events
         self.calls.append(f"abort after {step}")
 

@@ -5,7 +5,7 @@ from itertools import chain
 
 from nanovllm.engine.plan import Plan
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.events import COMMIT, EVICT, ArrivalEvent, BlockEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import COMMIT, EVICT, ArrivalEvent, BlockEvents, Recorder, RequestEvent, ScheduleEvent, StepEvent
 
 
 class Laws(Recorder):
@@ -86,7 +86,7 @@ class Laws(Recorder):
         self.waiting_preempted.discard(event.seq_id)
         self.seen[f"ends by {event.finish_reason}"] += 1
 
-    def on_abort(self, step: int, block_events: tuple[BlockEvent, ...]) -> None:
+    def on_abort(self, step: int, block_events: BlockEvents) -> None:
         self._count_blocks(block_events)
 
     def seq_ids_in_flight(self) -> set[int]:
@@ -164,7 +164,7 @@ class Laws(Recorder):
                 seen["re-admissions"] += again
                 seen["prefix hits after preemption"] += hit and again
 
-    def _count_blocks(self, events: tuple[BlockEvent, ...]) -> None:
+    def _count_blocks(self, events: BlockEvents) -> None:
         for event in events:
             if event.event == EVICT:
                 self.seen["evictions"] += 1

@@ -15,6 +15,7 @@ from nanovllm.events import (
     RELEASE,
     ArrivalEvent,
     BlockEvent,
+    BlockEvents,
     Recorder,
     RequestEvent,
     ScheduleEvent,
@@ -65,7 +66,7 @@ class LedgerCheck(Recorder):
         assert event.cached_blocks == self.ledger.cached_blocks
         self.steps[step] = event
 
-    def on_abort(self, step: int, block_events: tuple[BlockEvent, ...]) -> None:
+    def on_abort(self, step: int, block_events: BlockEvents) -> None:
         self._apply(step, block_events)
         assert self.ledger.tables == _held(self.scheduler), f"after step {step}: the ledger has other tables"
 
@@ -83,7 +84,7 @@ class LedgerCheck(Recorder):
         self._check_requests()
         self._check_hashes(token_ids)
 
-    def _apply(self, step: int, events: tuple[BlockEvent, ...]) -> None:
+    def _apply(self, step: int, events: BlockEvents) -> None:
         for event in events:
             self.ledger.apply(event)
             self.rows.append((step, event))

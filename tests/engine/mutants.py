@@ -46,59 +46,69 @@ MUTANTS = (
     # Blocks
     mutant(
         "a block is freed twice",
-        ("free", "self._empty.append(block)", "self._empty += [block, block]"),
+        ("free", "self._empty.put(blocks[freed & ~has_hash])",
+         "self._empty.put(np.repeat(blocks[freed & ~has_hash], 2))"),
     ),
     mutant(
         "a cached block is lost when its last user goes",
-        ("free", "self._cached[block] = None", "pass"),
+        ("free", "self._cached.put(blocks[freed & has_hash])", "pass"),
     ),
     mutant(
         "an evicted block stays in the index",
-        ("_evict", "del self._index[(self._parents[block], prefix_hash)]", "pass"),
+        ("_evict", "deque(map(self._index.__delitem__, keys), maxlen=0)", "pass"),
     ),
     mutant(
-        "an evicted block keeps its hash",
-        ("_evict", "self._hashes[block] = None", "pass"),
+        "an evicted block keeps its content number",
+        ("_evict", "self._contents[blocks] = ROOT", "pass"),
     ),
     mutant(
         "a hit does not raise the reference count",
-        ("hit", "self._ref_counts[block] += 1", "self._ref_counts[block] = 1"),
+        ("hit", "self._ref_counts[blocks] = counts", "self._ref_counts[blocks] = 1"),
     ),
     mutant(
         "a hit leaves the block among the evictable",
-        ("hit", "del self._cached[block]", "pass"),
+        ("hit", "self._cached.remove(blocks[unused])", "pass"),
     ),
     mutant(
         "a hit is verified by the hash alone",
-        ("find_prefix", " or self._tokens[block] != token_ids[i * size : (i + 1) * size].tobytes()", ""),
+        ("find_prefix", "self._tokens[found].tobytes() != wanted.tobytes()", "False"),
         hash_bits=6,
     ),
     mutant(
         "a hit is verified by hash and tokens, but not by the parent block",
-        ("find_prefix", "self._index.get((parent, prefix_hash))", "self._index.get((ROOT, prefix_hash))"),
-        ("publish", "key = (parent, prefix_hash)", "key = (ROOT, prefix_hash)"),
-        ("publish", "self._parents[block] = parent", "self._parents[block] = ROOT"),
+        ("_walk", "self._index.get((parent, prefix_hash))",
+         "next((block for (_, known), block in self._index.items() if known == prefix_hash), None)"),
         hash_bits=6,
     ),
     mutant(
+        "a prefix is found where it was found before, though it has been evicted since",
+        ("_look_up", " and self._contents[last.blocks].tobytes() == last.contents", ""),
+    ),
+    mutant(
+        "prompts that begin alike share the hash of the block in which they part",
+        ("hash_prompt", "_num_common(last_ids, token_ids) // self.block_size",
+         "-(-_num_common(last_ids, token_ids) // self.block_size)"),
+    ),
+    mutant(
         "publishing goes on behind a hash collision",
-        ("publish", "self._contents[known] if self._tokens[known] == tokens else None", "self._contents[known]"),
+        ("publish", "self.content_of(known) if (self._tokens[known] == tokens[at]).all() else None",
+         "self.content_of(known)"),
         hash_bits=1,
     ),
     # Publishing
     mutant(
         "a chunked prompt is published before all of it is computed",
-        ("_publish_full_blocks", "self._computed[slots], self._committed[slots]", "self._committed[slots]"
+        ("_num_full", "self._computed[slots], self._committed[slots]", "self._committed[slots]"
          ", self._committed[slots]"),
     ),
     mutant(
         "a prompt can be hit in the step that computes it",
-        ("_admit", "budget -= count", "budget -= count; "
-         "self._publish(seq.slot, (num_cached + count) // self.blocks.block_size)"),
+        ("_admit", "budget -= count", "budget -= count; self._take_blocks(wanted); "
+         "self._publish(np.array([seq.slot]), np.array([(num_cached + count) // self.blocks.block_size]))"),
     ),
     mutant(
         "a block is published before its last token is known",
-        ("_publish_full_blocks", "self._computed[slots], self._committed[slots]", "self._computed[slots]"
+        ("_num_full", "self._computed[slots], self._committed[slots]", "self._computed[slots]"
          ", self._computed[slots]"),
     ),
     # Tables
@@ -113,15 +123,31 @@ MUTANTS = (
     ),
     mutant(
         "a table entry goes to the wrong column",
-        ("_enter", "range(first, first + len(blocks))", "range(first + 1, first + 1 + len(blocks))"),
+        ("_grow", "_TableEntries(owners, columns, blocks)", "_TableEntries(owners, columns + 1, blocks)"),
     ),
     mutant(
         "the runner gets a table's blocks in another order",
-        ("_enter", "self._table_blocks.extend(blocks)", "self._table_blocks.extend(reversed(blocks))"),
+        ("_grow", "_TableEntries(owners, columns, blocks)", "_TableEntries(owners, columns, blocks[::-1])"),
     ),
     mutant(
         "blocks that a hit takes out of the free ones are not counted at admission",
         ("_fits", " + self.blocks.num_unused(hits)", ""),
+    ),
+    mutant(
+        "blocks that earlier admissions of the step are to get are not counted at admission",
+        ("_fits", " + num_wanted", ""),
+    ),
+    mutant(
+        "a hit may be evicted for an earlier admission of the step",
+        ("_admit", "if self.blocks.num_cached < num_cached:", "if False:"),
+    ),
+    mutant(
+        "blocks are freed from the first to the last",
+        ("free", "[table[::-1] for table in tables]", "tables"),
+    ),
+    mutant(
+        "the blocks of a hit are missing in the runner's table",
+        ("_place", "self._enter(slot, hits)", "self._capacity[slot] += len(hits) * self.blocks.block_size"),
     ),
     mutant(
         "a hit covers the whole prompt",
@@ -154,7 +180,7 @@ MUTANTS = (
     ),
     mutant(
         "a preempted sequence is admitted with a step still under way",
-        ("_admit", "if seq.num_in_flight or not self._fits(seq, hits):", "if not self._fits(seq, hits):"),
+        ("_admit", "if seq.num_in_flight or not", "if not"),
     ),
     mutant(
         "end-of-sequence is overlooked in the token of a preempted sequence",
@@ -170,7 +196,7 @@ MUTANTS = (
     ),
     mutant(
         "leaving counts as the end of a prefill that was over",
-        ("_leave", "if self._computed[slot] < self._prefill_end[slot]:", "if True:"),
+        ("_leave", "np.count_nonzero(self._computed[slots] < self._prefill_end[slots])", "len(slots)"),
     ),
     mutant(
         "a re-admitted sequence forgets when its first token came",
@@ -192,11 +218,11 @@ MUTANTS = (
     ),
     mutant(
         "a sequence's blocks are freed while its step is under way",
-        ("_end", "if not self._in_flight[slot]:", "if True:"),
+        ("_release_ended", " & (self._in_flight[slots] == 0)", ""),
     ),
     mutant(
         "the blocks of an aborted sequence are said to be of a finished one",
-        ("_release_ended", "ABORTED if seq.end_reason == \"abort\" else FINISHED", "FINISHED"),
+        ("_free_reason", "return ABORTED", "return FINISHED"),
     ),
     mutant(
         "a token that was never sampled is said to be dropped",

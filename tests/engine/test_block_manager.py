@@ -14,24 +14,46 @@ def prompt(*token_ids: int) -> np.ndarray:
     return np.array(token_ids, np.int32)
 
 
-def find(blocks: BlockManager, token_ids: np.ndarray) -> list[int]:
-    hashes: list[int] = []
-    blocks.extend_hashes(hashes, token_ids, len(token_ids) // blocks.block_size)
-    return blocks.find_prefix(token_ids, hashes)
+def find(blocks: BlockManager, token_ids: np.ndarray, hashes: list[int] | None = None) -> list[int]:
+    if hashes is None:
+        hashes = []
+        blocks.hash_prompt(hashes, token_ids, len(token_ids) // blocks.block_size)
+    return blocks.find_prefix(token_ids, hashes).tolist()
+
+
+def take(blocks: BlockManager, seq_id: int, count: int) -> list[int]:
+    return blocks.allocate(seq_id, count).tolist()
+
+
+def hit(blocks: BlockManager, seq_id: int, table: list[int]) -> None:
+    blocks.hit(seq_id, np.array(table, np.int32))
+
+
+def give_back(blocks: BlockManager, seq_id: int, table: list[int], reason: str = FINISHED) -> int:
+    return blocks.free([seq_id], [np.array(table, np.int32)], [reason])
+
+
+def num_unused(blocks: BlockManager, table: list[int]) -> int:
+    return blocks.num_unused(np.array(table, np.int32))
+
+
+def publish(
+    blocks: BlockManager, seq_id: int, block: int, parent: int, prefix_hash: int, token_ids: np.ndarray
+) -> int | None:
+    """One block."""
+    run = (seq_id, parent, 1)
+    (content,) = blocks.publish([run], np.array([block], np.int32), [prefix_hash], token_ids.reshape(1, SIZE))
+    return content
 
 
 def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
     """Take blocks for whole blocks of tokens and publish them all."""
     size = blocks.block_size
     hashes: list[int] = []
-    blocks.extend_hashes(hashes, token_ids, len(token_ids) // size)
+    blocks.hash_prompt(hashes, token_ids, len(token_ids) // size)
     table = blocks.allocate(seq_id, len(hashes))
-    parent: int | None = ROOT
-    for i, block in enumerate(table):
-        if parent is not None:
-            content = token_ids[i * size : (i + 1) * size].tobytes()
-            parent = blocks.publish(seq_id, block, parent, hashes[i], content)
-    return table
+    blocks.publish([(seq_id, ROOT, len(hashes))], table, hashes, token_ids[: len(hashes) * size].reshape(-1, size))
+    return table.tolist()
 
 
 def evicted(blocks: BlockManager) -> list[int]:
@@ -41,11 +63,11 @@ def evicted(blocks: BlockManager) -> list[int]:
 def test_every_block_is_handed_out_once_and_comes_back() -> None:
     blocks = BlockManager(4, SIZE)
 
-    table = blocks.allocate(1, 3) + blocks.allocate(2, 1)
+    table = take(blocks, 1, 3) + take(blocks, 2, 1)
 
     assert sorted(table) == [0, 1, 2, 3]
     assert (blocks.num_free, blocks.num_used) == (0, 4)
-    assert blocks.free(1, table[:3], FINISHED) == 3
+    assert give_back(blocks, 1, table[:3], FINISHED) == 3
     assert (blocks.num_free, blocks.num_used) == (3, 1)
     blocks.check_integrity([table[3:]])
 
@@ -55,7 +77,7 @@ def test_asking_for_more_than_is_free_takes_nothing_and_says_how_much_there_is()
     blocks = BlockManager(2, SIZE)
 
     with pytest.raises(AssertionError, match=r"3.*2"):
-        blocks.allocate(1, 3)
+        take(blocks, 1, 3)
     blocks.check_integrity([])
 
 
@@ -82,25 +104,25 @@ def test_a_hit_shares_a_used_block_and_revives_a_cached_one() -> None:
     blocks = BlockManager(4, SIZE)
     table = fill(blocks, 1, prompt(1, 2))
 
-    blocks.hit(2, table)
+    hit(blocks, 2, table)
     blocks.check_integrity([table, table])
     assert blocks.num_used == 1
-    assert blocks.free(1, table, FINISHED) == 0, "another user is left"
-    assert blocks.free(2, table, FINISHED) == 1
+    assert give_back(blocks, 1, table, FINISHED) == 0, "another user is left"
+    assert give_back(blocks, 2, table, FINISHED) == 1
     assert blocks.num_cached == 1
-    assert blocks.num_unused(table) == 1
+    assert num_unused(blocks, table) == 1
 
-    blocks.hit(3, table)
-    assert (blocks.num_cached, blocks.num_used, blocks.num_unused(table)) == (0, 1, 0)
+    hit(blocks, 3, table)
+    assert (blocks.num_cached, blocks.num_used, num_unused(blocks, table)) == (0, 1, 0)
     blocks.check_integrity([table])
 
 
 def test_empty_blocks_are_taken_before_cached_ones() -> None:
     blocks = BlockManager(3, SIZE)
     cached = fill(blocks, 1, prompt(1, 2))
-    blocks.free(1, cached, FINISHED)
+    give_back(blocks, 1, cached, FINISHED)
 
-    table = blocks.allocate(2, 2)
+    table = take(blocks, 2, 2)
 
     assert not set(table) & set(cached)
     assert find(blocks, prompt(1, 2)) == cached
@@ -110,11 +132,11 @@ def test_the_prefix_used_longest_ago_is_evicted_first() -> None:
     blocks = BlockManager(3, SIZE)
     a, b, c = (fill(blocks, i, prompt(i, i))[0] for i in (1, 2, 3))
     for seq_id, block in ((2, b), (1, a), (3, c)):
-        blocks.free(seq_id, [block], FINISHED)
-    blocks.hit(4, [b])
-    blocks.free(4, [b], FINISHED)
+        give_back(blocks, seq_id, [block], FINISHED)
+    hit(blocks, 4, [b])
+    give_back(blocks, 4, [b], FINISHED)
 
-    blocks.allocate(5, 3)
+    take(blocks, 5, 3)
 
     assert evicted(blocks) == [a, c, b]
 
@@ -123,17 +145,17 @@ def test_a_prefix_is_evicted_from_its_end() -> None:
     """Otherwise its later blocks would be kept though nobody could reach them."""
     blocks = BlockManager(3, SIZE)
     table = fill(blocks, 1, prompt(1, 2, 3, 4, 5, 6))
-    blocks.free(1, table, FINISHED)
+    give_back(blocks, 1, table, FINISHED)
 
-    blocks.allocate(2, 1)
+    take(blocks, 2, 1)
     assert find(blocks, prompt(1, 2, 3, 4, 5, 6)) == table[:2]
-    blocks.allocate(2, 1)
+    take(blocks, 2, 1)
     assert find(blocks, prompt(1, 2, 3, 4, 5, 6)) == table[:1]
 
 
 def test_an_evicted_prefix_is_not_found() -> None:
     blocks = BlockManager(1, SIZE)
-    blocks.free(1, fill(blocks, 1, prompt(1, 2)), FINISHED)
+    give_back(blocks, 1, fill(blocks, 1, prompt(1, 2)), FINISHED)
 
     table = fill(blocks, 2, prompt(3, 4))
 
@@ -150,47 +172,80 @@ def test_of_two_equal_blocks_the_first_stays_in_the_index() -> None:
 
     assert find(blocks, prompt(1, 2, 3, 4)) == first
     assert [e.seq_id for e in blocks.events if e.event == COMMIT] == [1, 1]
-    blocks.free(2, second, FINISHED)
+    give_back(blocks, 2, second, FINISHED)
     assert (blocks.num_cached, blocks.num_free) == (0, 2), "a duplicate is worth nothing when it is free"
+
+
+def test_equal_blocks_that_are_published_in_one_call_are_published_once() -> None:
+    """As when identical prompts are computed in one step; what only one of them has is published behind it."""
+    blocks = BlockManager(8, SIZE)
+    first, second = prompt(1, 2, 3, 4), prompt(1, 2, 3, 4, 5, 6)
+    hashes: list[int] = []
+    blocks.hash_prompt(hashes, second, 3)
+    table = blocks.allocate(1, 2), blocks.allocate(2, 3)
+
+    contents = blocks.publish(
+        [(1, ROOT, 2), (2, ROOT, 3)],
+        np.concatenate(table),
+        hashes[:2] + hashes,
+        np.concatenate([first, second]).reshape(-1, SIZE),
+    )
+
+    assert contents == [blocks.content_of(table[0][1]), blocks.content_of(table[1][2])]
+    assert [(e.seq_id, e.block_id) for e in blocks.events if e.event == COMMIT] == [(1, 0), (1, 1), (2, 4)]
+    assert find(blocks, second) == [0, 1, 4]
+    blocks.check_integrity([part.tolist() for part in table])
+
+
+def test_a_prefix_is_not_found_a_second_time_when_a_block_of_it_was_evicted_in_between() -> None:
+    blocks = BlockManager(3, SIZE)
+    table = fill(blocks, 1, prompt(1, 2, 3, 4))
+    give_back(blocks, 1, table)
+    assert find(blocks, prompt(1, 2, 3, 4)) == table
+    assert find(blocks, prompt(1, 2, 3, 4)) == table
+
+    take(blocks, 2, 2)
+
+    assert find(blocks, prompt(1, 2, 3, 4)) == table[:1]
 
 
 def test_two_contents_with_one_hash_are_told_apart() -> None:
     blocks = BlockManager(4, SIZE)
-    one, other = prompt(1, 2).tobytes(), prompt(3, 4).tobytes()
-    a, b = blocks.allocate(1, 2)
-    assert blocks.publish(1, a, ROOT, 5, one) is not None
+    one, other = prompt(1, 2), prompt(3, 4)
+    a, b = take(blocks, 1, 2)
+    assert publish(blocks, 1, a, ROOT, 5, one) is not None
 
-    assert blocks.publish(1, b, ROOT, 5, other) is None, "the chain ends where hashes collide"
-    assert blocks.find_prefix(prompt(1, 2), [5]) == [a]
-    assert blocks.find_prefix(prompt(3, 4), [5]) == []
+    assert publish(blocks, 1, b, ROOT, 5, other) is None, "the chain ends where hashes collide"
+    assert find(blocks, prompt(1, 2), [5]) == [a]
+    assert find(blocks, prompt(3, 4), [5]) == []
     blocks.check_integrity([[a, b]])
 
 
 def test_equal_tokens_and_hash_behind_another_parent_are_no_hit() -> None:
     blocks = BlockManager(4, SIZE)
-    a, b, c = blocks.allocate(1, 3)
-    first = blocks.publish(1, a, ROOT, 5, prompt(1, 2).tobytes())
+    a, b, c = take(blocks, 1, 3)
+    first = publish(blocks, 1, a, ROOT, 5, prompt(1, 2))
     assert first is not None
-    blocks.publish(1, b, first, 6, prompt(9, 9).tobytes())
-    blocks.publish(1, c, ROOT, 7, prompt(3, 4).tobytes())
+    publish(blocks, 1, b, first, 6, prompt(9, 9))
+    publish(blocks, 1, c, ROOT, 7, prompt(3, 4))
 
-    assert blocks.find_prefix(prompt(1, 2, 9, 9), [5, 6]) == [a, b]
-    assert blocks.find_prefix(prompt(3, 4, 9, 9), [7, 6]) == [c]
+    assert find(blocks, prompt(1, 2, 9, 9), [5, 6]) == [a, b]
+    assert find(blocks, prompt(3, 4, 9, 9), [7, 6]) == [c]
 
 
 def test_what_followed_an_evicted_block_does_not_follow_the_next_content_of_that_block() -> None:
     """Content numbers are never given out again, even though block ids are."""
     blocks = BlockManager(2, SIZE)
-    parent, child = blocks.allocate(1, 2)
-    content = blocks.publish(1, parent, ROOT, 5, prompt(1, 2).tobytes())
+    parent, child = take(blocks, 1, 2)
+    content = publish(blocks, 1, parent, ROOT, 5, prompt(1, 2))
     assert content is not None
-    blocks.publish(1, child, content, 6, prompt(9, 9).tobytes())
-    blocks.free(1, [parent], FINISHED)
+    publish(blocks, 1, child, content, 6, prompt(9, 9))
+    give_back(blocks, 1, [parent], FINISHED)
 
-    assert blocks.allocate(2, 1) == [parent]
-    blocks.publish(2, parent, ROOT, 7, prompt(3, 4).tobytes())
+    assert take(blocks, 2, 1) == [parent]
+    publish(blocks, 2, parent, ROOT, 7, prompt(3, 4))
 
-    assert blocks.find_prefix(prompt(3, 4, 9, 9), [7, 6]) == [parent]
+    assert find(blocks, prompt(3, 4, 9, 9), [7, 6]) == [parent]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 16])
@@ -199,10 +254,22 @@ def test_a_hash_covers_the_whole_prefix(block_size: int) -> None:
     token_ids = np.arange(3 * block_size, dtype=np.int32)
     hashes: list[int] = []
 
-    blocks.extend_hashes(hashes, token_ids, 1)
-    blocks.extend_hashes(hashes, token_ids, 3)
+    blocks.hash_prompt(hashes, token_ids, 1)
+    blocks.hash_prompt(hashes, token_ids, 3)
 
     assert hashes == [chained_hash(list(range(n * block_size)), block_size) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("num_common", [0, 1, 3, 4, 7, 8, 11, 12])
+def test_the_hashes_of_a_prompt_do_not_depend_on_the_prompt_before(num_common: int) -> None:
+    blocks = BlockManager(4, 4)
+    for first_id in (100, 200):
+        token_ids = np.concatenate([np.arange(num_common), np.arange(first_id, first_id + 13 - num_common)])
+        hashes: list[int] = []
+
+        blocks.hash_prompt(hashes, token_ids.astype(np.int32), 3)
+
+        assert hashes == [chained_hash(token_ids.tolist()[:n], 4) for n in (4, 8, 12)]
 
 
 def test_nothing_is_found_with_prefix_caching_off() -> None:
@@ -215,13 +282,13 @@ def test_nothing_is_found_with_prefix_caching_off() -> None:
 def test_events_tell_what_happened_with_the_state_after_it() -> None:
     blocks = BlockManager(2, SIZE)
     (block,) = fill(blocks, 1, prompt(1, 2))
-    blocks.hit(2, [block])
-    blocks.free(1, [block], PREEMPTED)
-    blocks.free(2, [block], FINISHED)
-    blocks.allocate(3, 2)
+    hit(blocks, 2, [block])
+    give_back(blocks, 1, [block], PREEMPTED)
+    give_back(blocks, 2, [block], FINISHED)
+    take(blocks, 3, 2)
     digest = chained_hash([1, 2], SIZE)
 
-    assert blocks.events == [
+    assert list(blocks.events) == [
         BlockEvent(ALLOCATE, 0, 1, None, 1, None, 1),
         BlockEvent(COMMIT, 0, 1, None, 1, digest, 1),
         BlockEvent(HIT, 0, 2, None, 2, digest, 1),
@@ -236,13 +303,13 @@ def test_events_tell_what_happened_with_the_state_after_it() -> None:
 @pytest.mark.parametrize("again", [[0], [0, 0]], ids=["later", "twice at once"])
 def test_freeing_a_block_twice_is_an_error(again: list[int]) -> None:
     blocks = BlockManager(2, SIZE)
-    table = blocks.allocate(1, 1)
+    table = take(blocks, 1, 1)
     assert table == [0]
     if len(again) == 1:
-        blocks.free(1, table, FINISHED)
+        give_back(blocks, 1, table, FINISHED)
 
     with pytest.raises(AssertionError, match="block 0 freed more often"):
-        blocks.free(1, again, FINISHED)
+        give_back(blocks, 1, again, FINISHED)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +319,7 @@ def test_freeing_a_block_twice_is_an_error(again: list[int]) -> None:
 )
 def test_the_integrity_check_sees_a_wrong_table(tables: list[list[int]], complaint: str) -> None:
     blocks = BlockManager(2, SIZE)
-    blocks.allocate(1, 1)
+    take(blocks, 1, 1)
 
     with pytest.raises(AssertionError, match=complaint):
         blocks.check_integrity(tables)

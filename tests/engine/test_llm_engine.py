@@ -235,23 +235,19 @@ def test_a_failing_allocation_is_fatal_and_loses_no_block(
     """The error is not swallowed, and giving up everything afterwards restores the pool, whichever call failed."""
     monkeypatch.setattr(scheduler_module, "GROWTH_STEPS", 0)
     engine, log = build_engine(num_blocks=7, block_size=2, max_num_seqs=3, lookahead=lookahead)
-    blocks, num_calls, depth = engine.scheduler.blocks, 0, 0
+    blocks, num_calls = engine.scheduler.blocks, 0
 
     def failing(take: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: int) -> object:
-            nonlocal num_calls, depth
-            num_calls += depth == 0
-            if num_calls == failing_call and depth == 0:
+        def call(*args: object) -> object:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == failing_call:
                 raise MemoryError(f"allocation {num_calls}")
-            depth += 1
-            taken = take(*args)
-            depth -= 1
-            return taken
+            return take(*args)
 
         return call
 
-    for name in ("allocate", "allocate_one"):
-        monkeypatch.setattr(blocks, name, failing(getattr(blocks, name)))
+    monkeypatch.setattr(blocks, "allocate", failing(blocks.allocate))
     for first in range(4):
         add(engine, [first, 1, 2], max_tokens=9)
 

@@ -27,7 +27,7 @@ class AbortingEngine(LLMEngine):
 
     def abort(self, seq_id: int) -> SequenceOutput | None:
         ended = self.scheduler.abort(seq_id)
-        events = self._drain_block_events()
+        events = self._blocks.drain_events()
         for recorder in self.recorders:
             recorder.on_abort(self._last_committed, events)
         return None if ended is None else self._finish(ended)
@@ -250,10 +250,10 @@ class _Run:
     def _count_collisions(self) -> None:
         publish, seen = self.blocks.publish, self.seen
 
-        def counted(*args: object) -> int | None:
-            content = publish(*args)
-            seen["hash collisions"] += content is None
-            return content
+        def counted(*args: object) -> list[int | None]:
+            ends = publish(*args)
+            seen["hash collisions"] += ends.count(None)
+            return ends
 
         self.blocks.publish = counted
 

@@ -59,12 +59,13 @@ class Paged:
         self.tables = self.tables.to(device)
 
     def exact(self, q: Tensor, sequence: int, scale: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Causal attention of the sequence's last len(q) tokens on the CPU, in float64 or as torch does it."""
+        """Causal attention of the sequence's last len(q) tokens, in float64 or as torch does it; on the CPU."""
         context, group = self.contexts[sequence], q.shape[1] // self.k_cache.shape[1]
-        k, v = (t[sequence].to(dtype).repeat_interleave(group, 1).transpose(0, 1) for t in (self.keys, self.values))
-        mask = torch.ones(len(q), context, dtype=torch.bool).tril(context - len(q))
-        queries = q.cpu().to(dtype).transpose(0, 1)
-        return F.scaled_dot_product_attention(queries, k, v, mask, scale=scale).transpose(0, 1)
+        keys, values = self.keys[sequence].to(DEVICE, dtype), self.values[sequence].to(DEVICE, dtype)
+        k, v = (t.repeat_interleave(group, 1).transpose(0, 1) for t in (keys, values))
+        mask = torch.ones(len(q), context, dtype=torch.bool, device=DEVICE).tril(context - len(q))
+        queries = q.to(DEVICE, dtype).transpose(0, 1)
+        return F.scaled_dot_product_attention(queries, k, v, mask, scale=scale).transpose(0, 1).cpu()
 
 
 def assert_as_exact_as_torch(actual: Tensor, expected: Tensor, exact: Tensor, floor: float = 0.0) -> None:

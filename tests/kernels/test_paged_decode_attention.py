@@ -51,7 +51,7 @@ def test_however_many_chunks_a_row_is_cut_into(programs: int) -> None:
 @pytest.mark.parametrize("shape", [(16, 8, 128), (4, 2, 64), (32, 8, 128)])
 def test_large_batches_of_unequal_lengths(shape: tuple[int, int, int], block_size: int) -> None:
     generator = torch.Generator().manual_seed(block_size)
-    contexts = torch.randint(1, 3000, (200,), generator=generator).tolist()
+    contexts = torch.randint(1, 3000, (60,), generator=generator).tolist()
     check(contexts, shape, block_size, torch.bfloat16, programs=396)
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.attention_work import PrefillWork
 from kernels.paged_prefill_attention import paged_prefill_attention, tokens_per_item
 from nanovllm.runner.batch import prefill_items
 from tests.kernels.dtypes import DTYPES
@@ -22,9 +23,13 @@ def check(
     most = tokens_per_item(dtype, head_size, heads // kv_heads)
     items = prefill_items(counts, np.array(contexts) - counts, np.arange(len(counts)), most)
     out = torch.full(q.shape, torch.nan, dtype=dtype, device=DEVICE)
-    work = torch.from_numpy(np.ascontiguousarray(items)).to(DEVICE)
+    work = PrefillWork(
+        items=torch.from_numpy(np.ascontiguousarray(items)).to(DEVICE),
+        num_items=torch.tensor([len(items)], dtype=torch.int32, device=DEVICE),
+        counters=torch.zeros(2, dtype=torch.int32, device=DEVICE),
+    )
     scale = head_size**-0.5
-    paged_prefill_attention(q.to(DEVICE), paged.k_cache, paged.v_cache, paged.tables, work, scale, out)
+    paged_prefill_attention(q.to(DEVICE), paged.k_cache, paged.v_cache, paged.tables, work, 1, scale, out)
     first = 0
     for i, count in enumerate(queries):
         rows = slice(first, first + count)

@@ -125,10 +125,22 @@ def test_settings_may_be_views_of_one_matrix() -> None:
     matrix = torch.zeros((6, 10), dtype=torch.int32, device=DEVICE)
     wide, real = matrix.view(torch.int64), matrix.view(torch.float32)
     views = Draws(real[:, 6], matrix[:, 5], real[:, 7], real[:, 8], wide[:, 0], wide[:, 1], matrix[:, 4], own.position)
-    for view, values in zip(views[:-1], own[:-1], strict=True):
+    for view, values in zip(views[:7], own[:7], strict=True):
         view.copy_(values)
     logits = random_logits(6, 50)
     assert sample(logits, views).tolist() == sample(logits, own).tolist()
+
+
+def test_settings_by_slot_and_the_tokens_that_slots_keep() -> None:
+    own = make_draws(4, temperature=[0.0, 1.0, 0.5, 2.0], top_k=[0, 5, 0, 3])
+    slot = torch.tensor([5, 0, 3, 6], device=DEVICE)
+    by_slot = [torch.zeros(7, dtype=values.dtype, device=DEVICE).index_copy_(0, slot, values) for values in own[:7]]
+    logits = random_logits(4, 1100)
+    logits[2] = -math.inf
+    kept = torch.full((7,), 9, dtype=torch.int32, device=DEVICE)
+    tokens = sample(logits, Draws(*by_slot, position=own.position, slot=slot), kept).tolist()
+    assert tokens == sample(logits, own).tolist()
+    assert kept.tolist() == [tokens[1], 9, 9, 0, 9, tokens[0], tokens[3]]
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.0}, QWEN3])
@@ -207,7 +219,7 @@ def test_a_big_vocabulary_differs_from_the_reference_by_rounding_alone(settings:
     draws = make_draws(count, **settings)
     tokens = sample(logits, draws).long()
     parts = [slice(i, i + chunk) for i in range(0, count, chunk)]
-    expected = torch.cat([reference.sample(logits[part], Draws(*(d[part] for d in draws))) for part in parts])
+    expected = torch.cat([reference.sample(logits[part], Draws(*(d[part] for d in draws[:8]))) for part in parts])
     differing = (tokens != expected).nonzero().flatten()
     assert len(differing) <= count // 1000
     uniform = reference.philox_uniform(draws.seed, draws.row, draws.sample.long(), draws.position.long())

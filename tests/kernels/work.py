@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kernels.decode_work import DecodeWork
+from kernels.attention_work import DecodeWork
 from nanovllm.runner.decode_work import WorkLimits, share_out
 from nanovllm.runner.shared_prefixes import PrefixGroup
 from tests.kernels.paged import DEVICE, Paged

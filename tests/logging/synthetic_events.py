@@ -1,9 +1,11 @@
 """Events as the engine makes them, small enough to write down."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from nanovllm.engine.plan import Plan, StepResult
-from nanovllm.events import BlockEvent, FinishedSequence, Preemption, ScheduleEvent, StepEvent
+from nanovllm.events import BlockEvent, BlockEvents, FinishedSequence, Preemption, ScheduleEvent, StepEvent
 
 
 def make_plan(
@@ -39,7 +41,7 @@ def make_schedule(
     start_ns: int = 0,
     cached: list[int] | None = None,
     preemptions: tuple[Preemption, ...] = (),
-    block_events: tuple[BlockEvent, ...] = (),
+    block_events: Iterable[BlockEvent] = (),
     free_blocks: int = 507,
     used_blocks: int = 5,
 ) -> ScheduleEvent:
@@ -50,7 +52,7 @@ def make_schedule(
         num_running=plan.num_rows,
         cached_tokens=np.array(cached if cached is not None else [0] * plan.num_rows, np.int32),
         preemptions=preemptions,
-        block_events=block_events,
+        block_events=_columns(block_events),
         free_blocks=free_blocks,
         used_blocks=used_blocks,
     )
@@ -64,7 +66,7 @@ def make_step(
     sampled: list[bool] | None = None,
     finished: tuple[FinishedSequence, ...] = (),
     dropped: tuple[int, ...] = (),
-    block_events: tuple[BlockEvent, ...] = (),
+    block_events: Iterable[BlockEvent] = (),
 ) -> StepEvent:
     plan = schedule.plan
     return StepEvent(
@@ -76,8 +78,12 @@ def make_step(
         sampled=plan.samples if sampled is None else np.array(sampled, np.bool_),
         finished=finished,
         dropped_seq_ids=dropped,
-        block_events=block_events,
+        block_events=_columns(block_events),
         free_blocks=schedule.free_blocks,
         used_blocks=schedule.used_blocks,
         cached_blocks=2,
     )
+
+
+def _columns(events: Iterable[BlockEvent]) -> BlockEvents:
+    return events if isinstance(events, BlockEvents) else BlockEvents.of(events)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from nanovllm.events import (
     RELEASE,
     ArrivalEvent,
     BlockEvent,
+    BlockEvents,
     FinishedSequence,
     Preemption,
     RequestEvent,
@@ -100,6 +102,7 @@ def test_each_initialisation_line_has_the_pattern_level_and_logger_of_the_contra
         (RUNNER, "INFO", "Allocating KV cache"),
         (RUNNER, "INFO", "KV cache configuration: num_kv_heads=8, head_dim=128, block_size=16"),
         (RUNNER, "INFO", "Allocating 512 KV cache blocks, total_size=0.94GB"),
+        (RUNNER, "INFO", "KV cache capacity: 8192 tokens"),
         (RUNNER, "INFO", "After KV cache allocation - CPU Memory: RSS=0.52GB"),
     ]
 
@@ -276,7 +279,7 @@ def test_finished_sequences_are_named_with_their_reason_and_counted(log, recorde
 
 
 def test_an_aborted_sequence_has_its_blocks_and_its_end_in_the_log(log, recorder):
-    recorder.on_abort(7, (BlockEvent(FREE, 3, 2, ABORTED, 0, None, 512),))
+    recorder.on_abort(7, BlockEvents.of([BlockEvent(FREE, 3, 2, ABORTED, 0, None, 512)]))
     recorder.on_request(aborted_request(2, num_output_tokens=4))
     assert log() == [
         (BLOCKS, "DEBUG", "Deallocated blocks for seq_id=2: freed=1/1, free_blocks=512"),
@@ -402,15 +405,23 @@ class Unprintable(int):
     __str__ = __repr__ = lambda self: format(self)
 
 
+class UnreadableEvents(BlockEvents):
+    """Raises as soon as anything looks at one of the events."""
+
+    def __iter__(self) -> Iterator[BlockEvent]:
+        raise AssertionError("a string was built for a line that is off")
+
+    __getitem__ = __iter__
+
+
 def test_at_warning_no_string_is_built_and_no_memory_is_asked(log, caplog):
     number = Unprintable(5)
 
     def memory() -> str:
         raise AssertionError("memory was asked for a line that is off")
 
-    events = (
-        BlockEvent(ALLOCATE, number, number, None, 1, None, number),
-        BlockEvent(FREE, 1, number, FINISHED, 0, 1, 9),
+    events = UnreadableEvents.of(
+        [BlockEvent(ALLOCATE, 5, 5, None, 1, None, 5), BlockEvent(FREE, 1, 5, FINISHED, 0, 1, 9)]
     )
     plan = replace(
         make_plan(decodes=[(0, 5)], prefills=[(1, 0, 5)]), seq_ids=np.array([number, number], dtype=object), step=number

@@ -13,6 +13,7 @@ from nanovllm.config import EngineConfig, KVConfig, LLMConfig, ModelConfig
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.events import Recorder, StepEvent
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.step_graphs import GraphSizes
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -40,7 +41,7 @@ class Harness:
     assembly: Assembly
     counters: Counters
     logits: dict[tuple[int, int], torch.Tensor]
-    """(row, position of the sampled token) -> logits; the last computation of each. On a CPU only."""
+    """(row, position of the sampled token) -> logits; the last computation of each. Empty where graphs run."""
 
     def run(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, rows: Sequence[int] | None = None
@@ -66,15 +67,16 @@ def build(
     prefix_caching: bool = True,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8192,
+    max_model_len: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
     kernels: str = "auto",
     attention: str = "auto",
     enforce_eager: bool = False,
-    fixed_sizes: list[int] | None = None,
+    fixed_sizes: GraphSizes | None = None,
 ) -> Harness:
-    """`fixed_sizes`: on a CPU, decode steps run at these sizes, as they do on a GPU, though not as graphs."""
+    """`fixed_sizes`: on a CPU, steps run at these sizes, as they do on a GPU, though not as graphs."""
     counters = Counters()
     assembly = assemble(
         LLMConfig(
@@ -83,6 +85,7 @@ def build(
             engine=EngineConfig(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=max_model_len,
                 kernels=kernels,
                 attention=attention,
                 enforce_eager=enforce_eager,
@@ -92,15 +95,15 @@ def build(
         ),
         recorders=(counters,),
     )
-    if fixed_sizes is not None:
+    if fixed_sizes is not None and device == "cpu":
         _fix_sizes(assembly, max_num_seqs, fixed_sizes)
     logits: dict[tuple[int, int], torch.Tensor] = {}
-    if device == "cpu":
+    if getattr(assembly.engine.runner, "graphs", None) is None or device == "cpu":
         _tap(assembly, logits)
     return Harness(assembly, counters, logits)
 
 
-def _fix_sizes(assembly: Assembly, max_num_seqs: int, sizes: list[int]) -> None:
+def _fix_sizes(assembly: Assembly, max_num_seqs: int, sizes: GraphSizes) -> None:
     runner = assembly.engine.runner
     assert isinstance(runner, ModelRunner)
     assembly.engine.runner = ModelRunner(
@@ -118,9 +121,9 @@ def _tap(assembly: Assembly, logits: dict[tuple[int, int], torch.Tensor]) -> Non
     model = assembly.engine.runner._model  # pyright: ignore[reportAttributeAccessIssue]
     ops = model.ops
 
-    def sample(values: torch.Tensor, draws: Draws) -> torch.Tensor:
-        for row, position, value in zip(draws.row.tolist(), draws.position.tolist(), values, strict=True):
+    def sample(values: torch.Tensor, draws: Draws, last_tokens: torch.Tensor) -> torch.Tensor:
+        for row, position, value in zip(draws.by_row().row.tolist(), draws.position.tolist(), values, strict=True):
             logits[row, position] = value.clone()
-        return ops.sample(values, draws)
+        return ops.sample(values, draws, last_tokens)
 
     model.ops = SimpleNamespace(sample=sample)

@@ -51,7 +51,7 @@ def packed(step: Plan, block_size: int = 4, multiple: int = 4) -> PackedBatch:
 def test_a_mixed_batch_packs_decodes_first_and_pads_at_the_end() -> None:
     batch = packed(MIXED)
     assert batch.num_tokens == 7
-    assert batch.input_ids.tolist() == [0, 0, 70, 71, 72, 80, 81, 0]
+    assert batch.input_ids.tolist() == [-1, -2, 70, 71, 72, 80, 81, 0]
     assert batch.positions.tolist() == [5, 3, 0, 1, 2, 4, 5, 0]
     assert batch.slot_mapping.tolist() == [4 * 4 + 1, 2 * 4 + 3, 28, 29, 30, 6 * 4, 6 * 4 + 1, -1]
     assert batch.context_lens.tolist() == [6, 4, 3, 6]

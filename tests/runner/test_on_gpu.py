@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from nanovllm.runner import attention_work
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import load_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.runner.harness import Harness, build
-from tests.runner.test_transformers_parity import PROMPTS
+from tests.runner.test_transformers_parity import PROMPTS, random_prompts
 
 pytestmark = pytest.mark.gpu
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=150)
 DATA = Path(__file__).parents[2] / "jobs" / "data" / "tiny_prompts.jsonl"
+MODELS = Path(__file__).parents[2] / "nanovllm" / "models"
 TINY = Path(__file__).parents[2] / "nanovllm" / "models" / "tiny"
 
 
@@ -34,18 +37,136 @@ def num_correct(harness: Harness, prompts: list[list[int]], answers: list[str]) 
     return sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True))
 
 
-@pytest.mark.parametrize("block_size", [16, 256])
-@pytest.mark.parametrize("num_blocks", [None, 2000])
+@pytest.fixture(scope="module")
+def on_cpu(bundled: tuple[list[list[int]], list[str]]) -> list[list[int]]:
+    return [o.token_ids for o in build("tiny").run(bundled[0], GREEDY)]
+
+
+WAYS = {
+    "reference": {"kernels": "reference", "attention": "reference"},
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "triton attention alone": {"kernels": "reference", "attention": "triton"},
+    "blocks of 32": {"block_size": 32},
+    "blocks of 256": {"block_size": 256},
+    "chunks of 64": {"max_num_seqs": 64, "max_num_batched_tokens": 64},
+    "chunks of 1000, eager": {"max_num_batched_tokens": 1000, "enforce_eager": True},
+    "one at a time": {"max_num_seqs": 1},
+    "seven at a time": {"max_num_seqs": 7},
+    "no prefix caching": {"prefix_caching": False},
+    "few blocks": {"num_blocks": 24},
+    "few blocks, eager": {"num_blocks": 24, "enforce_eager": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_float32_gives_the_tokens_of_the_cpu(
-    bundled: tuple[list[list[int]], list[str]], block_size: int, num_blocks: int | None
+    bundled: tuple[list[list[int]], list[str]], on_cpu: list[list[int]], way: str
 ) -> None:
-    prompts, _ = bundled
-    on_cpu = [o.token_ids for o in build("tiny").run(prompts, GREEDY)]
-    blocks = None if num_blocks is None else num_blocks * 16 // block_size
-    harness = build("tiny", device="cuda", block_size=block_size, num_blocks=blocks)
+    harness = build("tiny", device="cuda", **WAYS[way])  # pyright: ignore[reportArgumentType]
     assert harness.assembly.engine.runner.lookahead == 1
-    assert [o.token_ids for o in harness.run(prompts, GREEDY)] == on_cpu
+    assert [o.token_ids for o in harness.run(bundled[0], GREEDY)] == on_cpu
     assert any(event.dropped_seq_ids for event in harness.counters.steps)
+    graphs = sum(event.result.cuda_graph for event in harness.counters.steps)
+    assert (graphs == 0) == ("eager" in way or "reference" in str(WAYS[way]))
+    if "few blocks" in way:
+        assert harness.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_prefixes_read_apart_change_no_token(
+    bundled: tuple[list[list[int]], list[str]],
+    on_cpu: list[list[int]],
+    eager: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanovllm.runner.shared_prefixes.MIN_SAVED_TOKENS", 64)
+    harness = build("tiny", device="cuda", max_num_batched_tokens=1000, enforce_eager=eager)
+    members = []
+    share_out = attention_work.share_out
+
+    def spy(slots, lens, groups, *rest):
+        members.append(sum(len(group.rows) for group in groups))
+        return share_out(slots, lens, groups, *rest)
+
+    monkeypatch.setattr(attention_work, "share_out", spy)
+    assert [o.token_ids for o in harness.run(bundled[0], GREEDY)] == on_cpu
+    assert max(members) >= 50
+
+
+@pytest.fixture(scope="module")
+def definition(
+    bundled: tuple[list[list[int]], list[str]],
+) -> tuple[list[list[int]], dict[tuple[int, int], torch.Tensor]]:
+    """What the reference kernels make of the prompts in bfloat16: tokens, and the logits they were taken from."""
+    harness = build("tiny", device="cuda", dtype="bfloat16", kernels="reference", attention="reference")
+    expected = [output.token_ids for output in harness.run(bundled[0], GREEDY)]
+    return expected, dict(harness.logits)
+
+
+BF16_BOUND = 0.5
+"""How far apart the two best logits (of order 20, where bfloat16 has steps of 1/8) may be for rounding to swap them."""
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"enforce_eager": True},
+        {"block_size": 256},
+        {"block_size": 256, "attention": "flash_attn"},
+        {"block_size": 256, "attention": "flash_attn", "enforce_eager": True},
+        {"max_num_batched_tokens": 500},
+    ],
+)
+def test_bfloat16_differs_only_where_the_best_two_tokens_are_close(
+    bundled: tuple[list[list[int]], list[str]],
+    definition: tuple[list[list[int]], dict[tuple[int, int], torch.Tensor]],
+    way: dict[str, object],
+) -> None:
+    prompts, answers = bundled
+    expected, logits = definition
+    harness = build("tiny", device="cuda", dtype="bfloat16", **way)  # pyright: ignore[reportArgumentType]
+    actual = harness.run(prompts, GREEDY)
+    for row, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        pairs = enumerate(zip(ours.token_ids, theirs, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), None)
+        if first is not None:
+            best = logits[row, len(prompts[row]) + first].float().topk(2).values
+            assert best[0] - best[1] < BF16_BOUND, f"row {row}, token {first}"
+    texts = [harness.assembly.intake.text(output) or "" for output in actual]
+    assert sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) >= 0.99 * len(prompts)
+
+
+def test_flash_attn_says_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match=r"kv\.block_size=16 must be a multiple of 256"):
+        build("tiny", device="cuda", dtype="bfloat16", attention="flash_attn")
+    with pytest.raises(ValueError, match=r"model\.dtype must be bfloat16 or float16, not float32"):
+        build("tiny", device="cuda", attention="flash_attn", block_size=256)
+
+
+def test_logits_of_a_real_shape_err_no_more_than_transformers_do(tmp_path: Path) -> None:
+    """Qwen3-0.6B's shape with random weights that bfloat16 holds exactly; errors are against float32."""
+    shape = json.loads((MODELS / "configs" / "Qwen" / "Qwen3-0.6B" / "config.json").read_text())
+    torch.manual_seed(0)
+    theirs = Qwen3ForCausalLM(Qwen3Config(**shape)).to("cuda", torch.bfloat16).eval()
+    theirs.save_pretrained(tmp_path)
+    harness = build(tmp_path, device="cuda", dtype="bfloat16", enforce_eager=True, max_model_len=512)
+    prompts = random_prompts([1, 17, 64, 200, 333], seed=4)
+    outputs = harness.run(prompts, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+    ours, ids = [], []
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        ours.append(torch.stack([harness.logits[row, len(prompt) + i] for i in range(8)]))
+        ids.append(torch.tensor([prompt + output.token_ids[:-1]], device="cuda"))
+    with torch.inference_mode():
+        rounded = [theirs(i).logits[0, -8:] for i in ids]
+        theirs.float()
+        exact = [theirs(i).logits[0, -8:] for i in ids]
+
+    def error(logits: list[torch.Tensor]) -> float:
+        return float((torch.cat(logits).double() - torch.cat(exact).double()).square().mean().sqrt())
+
+    assert 0 < error(ours) <= 1.5 * error(rounded)
 
 
 def test_bfloat16_answers_as_well_as_the_cpu(bundled: tuple[list[list[int]], list[str]]) -> None:

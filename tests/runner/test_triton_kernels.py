@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm.runner.step_graphs import GraphSizes
 from nanovllm.sampling_params import SamplingParams
 from tests.checkpoints import write_checkpoint
+from tests.kernels.paged import DEVICE
 from tests.runner.harness import Harness, build
 from tests.runner.test_transformers_parity import random_prompts
 
@@ -14,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=6, ignore_eos=True, seed=3)
+SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 160, 400], sampled=[4, 12])
 PREFIX = random_prompts([64], seed=5)[0]
 PROMPTS = [*random_prompts([1, 15, 17]), *(PREFIX + tail for tail in random_prompts([3, 1, 20, 9], seed=6))]
 
@@ -23,6 +26,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(directory, hidden_size=64, intermediate_size=96, head_dim=32, num_hidden_layers=2)
     return directory
+
+
+def on_triton(checkpoint: Path, *, fixed_sizes: GraphSizes | None = SIZES, **settings: object) -> Harness:
+    return build(
+        checkpoint,
+        device=DEVICE.type,
+        kernels="triton",
+        attention="triton",
+        max_num_seqs=12,
+        fixed_sizes=fixed_sizes,
+        **settings,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def tokens(harness: Harness, params: SamplingParams) -> list[list[int]]:
@@ -35,43 +50,45 @@ def expected(checkpoint: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("fixed_sizes", [None, [1, 2, 4, 12]])
+@pytest.mark.parametrize("fixed_sizes", [None, SIZES])
 def test_greedy_tokens_are_those_of_the_reference(
-    checkpoint: Path, expected: list[list[int]], block_size: int, fixed_sizes: list[int] | None
+    checkpoint: Path, expected: list[list[int]], block_size: int, fixed_sizes: GraphSizes | None
 ) -> None:
-    harness = build(
-        checkpoint,
-        block_size=block_size,
-        kernels="triton",
-        attention="triton",
-        max_num_seqs=12,
-        max_num_batched_tokens=64,
-        fixed_sizes=fixed_sizes,
-    )
+    harness = on_triton(checkpoint, block_size=block_size, max_num_batched_tokens=64, fixed_sizes=fixed_sizes)
     assert tokens(harness, GREEDY) == expected
     assert harness.counters.cached_tokens > 0
     assert harness.counters.chunked_prefills > 0
     decodes = [event for event in harness.counters.steps if event.schedule.plan.phase == "decode"]
     padded = {event.result.padded_batch_size for event in decodes}
-    assert fixed_sizes is None or padded <= set(fixed_sizes)
+    assert fixed_sizes is None or DEVICE.type == "cuda" or padded <= set(fixed_sizes.decodes)
 
 
 def test_preempted_rows_too(checkpoint: Path) -> None:
     prompts = random_prompts([14] * 5)
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    harness = build(checkpoint, kernels="triton", attention="triton", num_blocks=6, max_num_seqs=8, fixed_sizes=[2, 8])
+    harness = build(
+        checkpoint,
+        device=DEVICE.type,
+        kernels="triton",
+        attention="triton",
+        num_blocks=6,
+        max_num_seqs=12,
+        fixed_sizes=SIZES,
+    )
     got = [output.token_ids for output in harness.run(prompts, params)]
     assert got == [output.token_ids for output in build(checkpoint).run(prompts, params)]
     assert harness.counters.preemptions > 0
 
 
 def test_each_choice_alone(checkpoint: Path, expected: list[list[int]]) -> None:
-    assert tokens(build(checkpoint, kernels="triton", attention="reference"), GREEDY) == expected
-    assert tokens(build(checkpoint, kernels="reference", attention="triton"), GREEDY) == expected
+    assert tokens(build(checkpoint, device=DEVICE.type, kernels="triton", attention="reference"), GREEDY) == expected
+    assert tokens(build(checkpoint, device=DEVICE.type, kernels="reference", attention="triton"), GREEDY) == expected
 
 
 def test_draws_are_those_of_the_reference(checkpoint: Path) -> None:
-    harness = build(checkpoint, kernels="triton", attention="triton", max_num_seqs=8, fixed_sizes=[8])
+    harness = build(
+        checkpoint, device=DEVICE.type, kernels="triton", attention="triton", max_num_seqs=12, fixed_sizes=SIZES
+    )
     drawn, wanted = tokens(harness, SAMPLED), tokens(build(checkpoint), SAMPLED)
     same = sum(a == b for x, y in zip(drawn, wanted, strict=True) for a, b in zip(x, y, strict=True))
     assert same >= 0.95 * SAMPLED.max_tokens * len(PROMPTS)  # a draw may differ within rounding of a boundary
@@ -82,15 +99,8 @@ def test_prefixes_that_rows_share_are_read_apart(
 ) -> None:
     monkeypatch.setattr("nanovllm.runner.shared_prefixes.MIN_SAVED_TOKENS", 64)
     seen = []
-    for sizes in (None, [12]):
-        harness = build(
-            checkpoint,
-            kernels="triton",
-            attention="triton",
-            max_num_seqs=12,
-            max_num_batched_tokens=72,
-            fixed_sizes=sizes,
-        )
+    for sizes in (None, SIZES):
+        harness = on_triton(checkpoint, max_num_batched_tokens=72, fixed_sizes=sizes)
         work = harness.assembly.engine.runner._work  # pyright: ignore[reportAttributeAccessIssue]
         find = work._find_prefixes
 

@@ -1,4 +1,4 @@
-"""How a decode step's attention is cut into pieces of work, as the kernels read it."""
+"""How a step's attention is cut into pieces of work, as the kernels read it."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,21 @@ ITEM_FIELDS = 8
 
 
 class DecodeWork(NamedTuple):
-    """A step's work list; the same for every layer but for the counter. All tensors are int32 unless said otherwise."""
+    """The rows of a step that decode: a work list that is the same for every layer but for the counter.
+
+    All tensors are int32 unless said otherwise.
+    """
 
     items: Tensor
-    """[capacity, ITEM_FIELDS]: (row of q, row of the block tables, first token, end token, partial or -1). A row with
-    one item has -1, and the item writes the row's output; of other rows each item writes one partial."""
+    """[capacity, ITEM_FIELDS]: (row of q, row of the block tables, first token, end token, partial or -1, first partial
+    to go on from, number of these). A row with one item has -1: the item goes on from the partials of the row's shared
+    prefix, if it has one, and writes the row's output. Of other rows each item writes one partial."""
     num_items: Tensor
     """[1]"""
     counters: Tensor
     """[layers], zeros: programs draw their items from their layer's counter."""
     merges: Tensor
-    """[rows, 4]: (row of q, first partial, number of partials) of the rows that have partials."""
+    """[rows, 4]: (row of q, first partial, number of partials) of the other rows."""
     num_merges: Tensor
     """[1]"""
     prefix_items: Tensor
@@ -36,3 +40,14 @@ class DecodeWork(NamedTuple):
     """float32 [partials, Q], scratch: log2 of the sum of exp2 of the scores"""
     shares_prefixes: bool
     """Whether there can be prefix items; without, their kernel is not launched."""
+
+
+class PrefillWork(NamedTuple):
+    """The rows of a step that prefill; int32."""
+
+    items: Tensor
+    """[capacity, ITEM_FIELDS]: (first query, queries, row of the block tables, position of the first query)."""
+    num_items: Tensor
+    """[1]"""
+    counters: Tensor
+    """[layers], zeros"""

@@ -1,0 +1,133 @@
+"""Sizes that hold every step, and steps that run at them; without graphs, as on a CPU."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.runner.step_graphs import GraphSizes, StepGraphs, StepShape, graph_sizes
+from nanovllm.runner.uploads import FixedInputs, Padding
+
+FILL = -5
+SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 320], sampled=[4, 12])
+
+limits = pytest.mark.parametrize(
+    ("max_num_seqs", "max_num_batched_tokens"),
+    [(seqs, tokens) for seqs in (1, 7, 16, 256, 1024) for tokens in (64, 1000, 8192, 20_000)],
+)
+
+
+def step(inputs: Mapping[str, Tensor], shape: StepShape) -> Tensor:
+    """What is sampled tells of what the step was given, and at which shape."""
+    assert len(inputs["ids"]) == shape.num_tokens
+    return inputs["ids"][: shape.num_sampled] * 1000 + shape.num_tokens
+
+
+def step_graphs(sizes: GraphSizes = SIZES, *, finds_prefixes: bool = True) -> StepGraphs:
+    def make_inputs(shape: StepShape) -> FixedInputs:
+        return FixedInputs(
+            {"ids": Padding(np.int64, (shape.num_tokens,), FILL), "items": Padding(np.int32, (8,), 0)},
+            torch.device("cpu"),
+            1,
+        )
+
+    return StepGraphs(step, make_inputs, sizes, finds_prefixes=finds_prefixes, capture=False)
+
+
+def padding(sizes: list[int], most: int) -> list[tuple[int, int]]:
+    """(count, entries that pad it to the next size) of every count."""
+    return [(count, min(size for size in sizes if size >= count) - count) for count in range(1, most + 1)]
+
+
+@limits
+def test_sizes_ascend_to_the_largest_step(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True)
+    for of_kind, most in (
+        (sizes.decodes, max_num_seqs),
+        (sizes.sampled, max_num_seqs),
+        (sizes.tokens, max_num_batched_tokens),
+    ):
+        assert all(0 < size < following for size, following in pairwise(of_kind))
+        assert of_kind[-1] == most
+    largest = sizes.largest()
+    assert [*largest.decodes, *largest.tokens, *largest.sampled] == [max_num_seqs, max_num_batched_tokens, max_num_seqs]
+
+
+@limits
+def test_every_count_has_a_size_and_little_padding(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True)
+    assert all(padded < min(count, 64) for count, padded in padding(sizes.decodes, max_num_seqs))
+    assert all(padded < max(count, 16) for count, padded in padding(sizes.sampled, max_num_seqs))
+    tokens = padding(sizes.tokens, max_num_batched_tokens)
+    assert all(padded < max(min(count, 1024), 64) for count, padded in tokens)
+
+
+@limits
+@pytest.mark.parametrize("with_prefills", [True, False])
+def test_every_step_has_a_shape_that_holds_it(
+    max_num_seqs: int, max_num_batched_tokens: int, with_prefills: bool
+) -> None:
+    graphs = step_graphs(graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=with_prefills))
+    shapes = set()
+    for shares_prefixes in (False, True):
+        for rows in range(1, max_num_seqs + 1):
+            shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=shares_prefixes)
+            assert shape is not None
+            assert shape.num_tokens == shape.num_sampled >= rows
+            assert (shape.prefills, shape.shares_prefixes) == (False, shares_prefixes)
+            shapes.add(shape)
+        for num_tokens in range(1, max_num_batched_tokens + 1, 7):
+            num_sampled = num_tokens * 31 % (min(max_num_seqs, num_tokens) + 1)  # none as well: all are first chunks
+            shape = graphs.shape(num_tokens, num_sampled, prefills=True, shares_prefixes=shares_prefixes)
+            if not with_prefills:
+                assert shape is None, "steps with prefills run at their own size"
+                continue
+            assert shape is not None
+            assert shape.num_tokens >= num_tokens
+            assert shape.num_sampled >= num_sampled
+            assert shape.prefills
+            assert shape.shares_prefixes, "a mixed step's decodes may share prefixes"
+            shapes.add(shape)
+    assert len(shapes) <= graphs.sizes.most_graphs()
+
+
+def test_without_shared_prefixes_no_prefill_shape_has_them() -> None:
+    shape = step_graphs(finds_prefixes=False).shape(30, 2, prefills=True, shares_prefixes=False)
+    assert shape == StepShape(num_tokens=72, num_sampled=4, prefills=True, shares_prefixes=False)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 12), (12, 12)])
+def test_a_decode_step_runs_at_the_next_size_and_gives_its_tokens(rows: int, size: int) -> None:
+    graphs = step_graphs()
+    shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=False)
+    assert shape is not None
+    graphs.send(shape, {"ids": np.arange(rows)})
+    tokens = graphs.run(shape).tolist()
+    assert tokens == [id * 1000 + size for id in [*range(rows), *[FILL] * (size - rows)]]
+
+
+def test_a_step_with_prefills_runs_at_the_next_sizes() -> None:
+    graphs = step_graphs()
+    shape = StepShape(num_tokens=72, num_sampled=12, prefills=True, shares_prefixes=True)
+    assert graphs.shape(25, 5, prefills=True, shares_prefixes=False) == shape
+    graphs.send(shape, {"ids": np.arange(25)})
+    assert graphs.run(shape).tolist() == [id * 1000 + 72 for id in range(12)]
+
+
+def test_each_run_is_of_what_its_shape_was_sent_last() -> None:
+    rng = np.random.default_rng(0)
+    graphs = step_graphs()
+    shapes = set()
+    for _ in range(100):
+        rows, shares_prefixes = int(rng.integers(1, 13)), bool(rng.integers(2))
+        shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=shares_prefixes)
+        assert shape is not None
+        shapes.add(shape)
+        ids = rng.integers(0, 1000, rows)
+        graphs.send(shape, {"ids": ids})
+        padded = [*ids.tolist(), *[FILL] * (shape.num_tokens - rows)]
+        assert graphs.run(shape).tolist() == [id * 1000 + shape.num_tokens for id in padded]
+        assert graphs.num_graphs == len(shapes)
