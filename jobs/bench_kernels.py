@@ -18,7 +18,7 @@ from kernels import reference
 from kernels.attention_work import DecodeWork, PrefillWork
 from kernels.draws import Draws
 from kernels.norm_rotary_store import norm_rotary_store
-from kernels.paged_decode_attention import decode_tuning, num_programs, paged_decode_attention
+from kernels.paged_decode_attention import num_programs, paged_decode_attention
 from kernels.paged_prefill_attention import paged_prefill_attention, tokens_per_item
 from kernels.rms_norm import add_rms_norm
 from kernels.sample import sample
@@ -26,7 +26,7 @@ from kernels.shared_prefix_attention import members_per_item, shared_prefix_atte
 from kernels.silu_mul import silu_mul
 from nanovllm.errors import SettingError
 from nanovllm.runner.batch import prefill_items
-from nanovllm.runner.decode_work import WorkLimits, share_out
+from nanovllm.runner.decode_work import PROGRAMS_PER_SM, WorkLimits, share_out
 from nanovllm.runner.shared_prefixes import PrefixGroup
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 1024, 3072, 16, 8, 128, 151936
@@ -193,7 +193,7 @@ def decode_work(contexts: list[int], groups: list[PrefixGroup], block_size: int 
     device = torch.device("cuda", 0)
     limits = WorkLimits(
         num_kv_heads=KV_HEADS,
-        num_programs=num_programs(device) * decode_tuning(DTYPE, HEAD_SIZE).programs_per_sm,
+        num_programs=num_programs(device) * PROGRAMS_PER_SM,
         num_prefix_programs=num_programs(device),
         members_per_item=members_per_item(DTYPE, HEAD_SIZE, HEADS // KV_HEADS),
     )

@@ -15,6 +15,7 @@ import torch
 
 from jobs.bench_report import Round, StepTotals
 from jobs.generate_job import SMALL_MODEL
+from jobs.ration import Ration
 from jobs.recorder import ParquetRecorder
 from jobs.workloads import Workload
 from nanovllm.assembly import Assembly, Phase, assemble
@@ -95,9 +96,11 @@ def _answer(engine: LLMEngine, load: Workload, sampling: list[ResolvedSampling])
     enough = engine.scheduler.max_num_seqs
     num_tokens = 0
     while pending or engine.has_work():
-        while pending and engine.num_waiting < enough:
+        ration = Ration(engine.scheduler.max_num_batched_tokens)
+        while pending and engine.num_waiting < enough and not ration.is_spent:
             row, prompt, params = pending.popleft()
             engine.add(np.array(prompt, np.int32), params, row=row)
+            ration.take(len(prompt))
         num_tokens += sum(len(output.token_ids) for output in engine.step())
     return num_tokens
 

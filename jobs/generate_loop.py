@@ -4,6 +4,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from jobs.progress import Progress
+from jobs.ration import Ration
 from jobs.row_feed import RowFeed
 from jobs.rows import BadRow, InputRow
 from jobs.stop import StopRequest
@@ -108,18 +109,21 @@ class GenerateLoop:
             error.add_note(f"and the running sequences could not be ended: {type(second).__name__}: {second}")
 
     def _feed(self, stop: StopRequest) -> bool:
-        """Take rows in while few wait for the engine; whether there may be more."""
-        while self._engine.num_waiting < self._engine.scheduler.max_num_seqs:
+        """Take rows in while few wait for the engine, a ration at a time; whether there may be more."""
+        scheduler = self._engine.scheduler
+        ration = Ration(scheduler.max_num_batched_tokens)
+        while self._engine.num_waiting < scheduler.max_num_seqs and not ration.is_spent:
             row = self._rows.take(self._in_step or not self._engine.has_work(), stop)
             if row is None:
                 break
             if isinstance(row, BadRow):
                 self._fail(row)
             else:
-                self._take(row)
+                ration.take(self._take(row))
         return not self._rows.ended
 
-    def _take(self, row: InputRow) -> None:
+    def _take(self, row: InputRow) -> int:
+        """Tokens of the row's prompt."""
         sampling = row.sampling.over(self._sampling) if row.sampling else self._sampling
         try:
             request = self._intake.request(
@@ -132,9 +136,10 @@ class GenerateLoop:
             )
         except PromptError as error:
             self._fail(row.failed(error))
-            return
+            return 0
         self._intake.add(request)
         self._running[row.row] = row
+        return len(request.token_ids)
 
     def _finish(self, output: SequenceOutput) -> None:
         row = self._running.pop(output.row)

@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent_launch, overlap_next, wait_for_previous
-
 _BLOCK = 1024
 
 
@@ -14,16 +12,13 @@ def embed(ids: Tensor, weight: Tensor, last_tokens: Tensor) -> Tensor:
     """Rows of contiguous weight [V, D] for ids, int64 [T]; an id below 0 stands for last_tokens[-1 - id], int32."""
     width = weight.shape[1]
     out = torch.empty((len(ids), width), dtype=weight.dtype, device=weight.device)
-    grid = (len(ids), triton.cdiv(width, _BLOCK))
-    options = {"BLOCK": _BLOCK, "num_warps": 4, **dependent_launch(ids.device, len(ids))}
-    _embed[grid](ids, weight, last_tokens, out, width, **options)
+    # Never overlaps what comes before it: that may write block tables, which later kernels read before they wait.
+    _embed[(len(ids), triton.cdiv(width, _BLOCK))](ids, weight, last_tokens, out, width, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
 @triton.jit
-def _embed(ids_ptr, weight_ptr, last_tokens_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    overlap_next(PDL)
-    wait_for_previous(PDL)
+def _embed(ids_ptr, weight_ptr, last_tokens_ptr, out_ptr, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(ids_ptr + token)

@@ -36,9 +36,12 @@ class DecodeTuning:
         return min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)
 
 
-def decode_tuning(dtype: torch.dtype, head_size: int) -> DecodeTuning:
+def decode_tuning(dtype: torch.dtype, head_size: int, num_rows: int) -> DecodeTuning:
+    """What was measured fastest for steps of so many rows."""
     if dtype == torch.float32 or head_size > 128:
         return DecodeTuning(num_warps=4, num_stages=2, programs_per_sm=2)
+    if 32 < num_rows <= 256:
+        return DecodeTuning(tile=64, num_warps=4, programs_per_sm=3)
     return DecodeTuning()
 
 
@@ -62,7 +65,7 @@ def paged_decode_attention(
     num_q_heads, head_size = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
-    tuning = tuning or decode_tuning(q.dtype, head_size)
+    tuning = tuning or decode_tuning(q.dtype, head_size, len(q))
     _decode[(num_programs(q.device) * tuning.programs_per_sm,)](
         q,
         k_cache,

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, DecodeWork, PrefillWork
-from kernels.paged_decode_attention import decode_tuning, num_programs
+from kernels.paged_decode_attention import num_programs
 from kernels.paged_prefill_attention import tokens_per_item
 from kernels.shared_prefix_attention import members_per_item
 from nanovllm.engine.plan import Plan
 from nanovllm.models.model_config import Qwen3Config
 from nanovllm.runner.batch import prefill_items
-from nanovllm.runner.decode_work import WorkLimits, share_out
+from nanovllm.runner.decode_work import PROGRAMS_PER_SM, WorkLimits, share_out
 from nanovllm.runner.shared_prefixes import PrefixGroup, find_groups
 from nanovllm.runner.step_graphs import StepShape
 from nanovllm.runner.uploads import Padding
@@ -44,7 +44,7 @@ class AttentionWork:
         self._tokens_per_item = tokens_per_item(dtype, c.head_dim, group)
         self._limits = WorkLimits(
             num_kv_heads=c.num_key_value_heads,
-            num_programs=num_programs(device) * decode_tuning(dtype, c.head_dim).programs_per_sm,
+            num_programs=num_programs(device) * PROGRAMS_PER_SM,
             num_prefix_programs=num_programs(device),
             members_per_item=members_per_item(dtype, c.head_dim, group),
         )

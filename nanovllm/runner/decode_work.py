@@ -12,8 +12,10 @@ TILE = 64
 """Chunks are whole tiles of the kernel."""
 MIN_CHUNK, MAX_CHUNK = 128, 1024
 """Tokens; below, an item's own cost shows, above, the last items of a launch run alone."""
-ITEMS_PER_PROGRAM = 2
-"""How many items each program should get where the batch is small enough to choose."""
+PROGRAMS_PER_SM = 3
+ITEMS_PER_PROGRAM = 4
+"""How many items a decode kernel of that many programs should give to each, where the batch is small enough to choose;
+one of twice as many programs gives half of it."""
 MIN_PREFIX_CHUNK = 256
 EXTRA_ITEMS = 2048
 """Items beyond one for each row."""

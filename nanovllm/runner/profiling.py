@@ -1,5 +1,6 @@
 """How much memory is left for the KV cache beside the largest steps that can ever run."""
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -15,8 +16,8 @@ from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.step_graphs import GraphSizes
 from nanovllm.sampling_params import ResolvedSampling
 
-GRAPH_BYTES = 8 * 2**20
-"""What a captured graph takes beside the memory that graphs share, at most."""
+MIN_GRAPH_BYTES = 2**20
+"""What a captured graph takes beside the memory that graphs share, at least."""
 
 
 def available_kv_bytes(
@@ -35,21 +36,29 @@ def available_kv_bytes(
     """
     if device.type != "cuda":
         return free_host_memory()
-    budget, most = config.engine.max_num_batched_tokens, config.engine.max_num_seqs
-    blocks = most * -(-max(1, budget // most) // config.kv.block_size) + -(-budget // config.kv.block_size)
+    trials = _trials(config.engine.max_num_batched_tokens, config.engine.max_num_seqs, max_model_len)
+    blocks = max(sum(-(-length // config.kv.block_size) for length in lengths) for lengths in trials)
     kv_cache = allocate(c, blocks, config.kv.block_size, dtype, device)
-    before = _free(device)
-    runner = make_runner(kv_cache, graph_sizes and graph_sizes.largest())
-    standing = max(before - _free(device), 0) + GRAPH_BYTES * (graph_sizes.most_graphs() if graph_sizes else 0)
+    free, reserved = _free(device), torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
-    allocated = torch.cuda.memory_allocated(device)
-    for length in {min(budget, max_model_len - 1), max(1, min(budget // most, max_model_len - 1))}:
-        rows = min(most, budget // length)
-        runner.submit(_prefill_plan(rows, length, -(-length // config.kv.block_size)))
+    runner = make_runner(kv_cache, graph_sizes and graph_sizes.largest())
+    for lengths in trials:
+        runner.submit(_prefill_plan(lengths, config.kv.block_size))
         runner.collect()
-    working = torch.cuda.max_memory_allocated(device) - allocated
+    torch.cuda.synchronize(device)
+    needed = torch.cuda.max_memory_reserved(device) - reserved
+    if graph_sizes is not None:
+        needed += _graphs_bytes(runner, graph_sizes, free - torch.cuda.mem_get_info(device)[0], reserved, device)
     del kv_cache, runner
-    return _free(device) - standing - working
+    gc.collect()  # a runner and its graphs refer to each other
+    return _free(device) - needed
+
+
+def _graphs_bytes(runner: ModelRunner, sizes: GraphSizes, taken: int, reserved: int, device: torch.device) -> int:
+    """Bytes that all graphs will take outside of the allocator, from what the few of the trial took."""
+    assert runner.graphs is not None
+    outside = taken - (torch.cuda.memory_reserved(device) - reserved)
+    return sizes.most_graphs() * max(outside // runner.graphs.num_graphs, MIN_GRAPH_BYTES)
 
 
 def _free(device: torch.device) -> int:
@@ -58,20 +67,34 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _prefill_plan(rows: int, length: int, blocks_per_row: int) -> Plan:
+def _trials(budget: int, max_num_seqs: int, max_model_len: int) -> list[list[int]]:
+    """Lengths of the rows of steps that take most memory: few long rows, and as many as may run, of all the budget."""
+    longest = max_model_len - 1
+    trials = []
+    for length in (min(budget, longest), max(1, min(budget // max_num_seqs, longest))):
+        num_rows = min(max_num_seqs, budget // length)
+        rest = budget - num_rows * length
+        trials.append([length] * num_rows + ([min(rest, longest)] if rest and num_rows < max_num_seqs else []))
+    return trials
+
+
+def _prefill_plan(lengths: list[int], block_size: int) -> Plan:
     sampling = ResolvedSampling(top_k=50, top_p=0.9, min_p=0.01)
+    rows = len(lengths)
     slots = np.arange(rows, dtype=np.int32)
+    counts = np.array(lengths, np.int32)
+    blocks = -(-counts // block_size)
     return Plan(
         step=0,
         seq_ids=slots.astype(np.int64),
         slots=slots,
         starts=np.zeros(rows, np.int32),
-        num_tokens=np.full(rows, length, np.int32),
+        num_tokens=counts,
         samples=np.ones(rows, np.bool_),
         num_decodes=0,
-        prefill_token_ids=np.zeros(rows * length, np.int32),
+        prefill_token_ids=np.zeros(counts.sum(), np.int32),
         admissions=tuple(Admission(slot=i, seq_id=i, row=i, sample=0, sampling=sampling) for i in range(rows)),
-        table_slots=np.repeat(slots, blocks_per_row),
-        table_columns=np.tile(np.arange(blocks_per_row, dtype=np.int32), rows),
-        table_blocks=np.arange(rows * blocks_per_row, dtype=np.int32),
+        table_slots=np.repeat(slots, blocks),
+        table_columns=np.concatenate([np.arange(count, dtype=np.int32) for count in blocks]),
+        table_blocks=np.arange(blocks.sum(), dtype=np.int32),
     )

@@ -37,7 +37,9 @@ class GraphSizes:
     """Rows of logits of steps with prefills."""
 
     def most_graphs(self) -> int:
-        return 2 * len(self.decodes) + len(self.tokens) * len(self.sampled)
+        """How many shapes steps can have."""
+        with_prefills = sum(size <= _next(self.sampled, count) for count in self.tokens for size in self.sampled)
+        return 2 * len(self.decodes) + with_prefills
 
     def largest(self) -> "GraphSizes":
         """The last of each: whose memory the others share."""
@@ -142,16 +144,19 @@ class StepGraphs:
         )
 
     def _prepare(self, shape: StepShape) -> None:
-        self._prepared[shape] = prepared = _Prepared(self._make_inputs(shape))
-        if self._stream is None:
-            return
+        prepared = _Prepared(self._make_inputs(shape))
+        if self._stream is not None:
+            self._capture(shape, prepared, self._stream)
+        self._prepared[shape] = prepared
+
+    def _capture(self, shape: StepShape, prepared: _Prepared, stream: "torch.cuda.Stream") -> None:
         # Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time.
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             prepared.inputs.send({})  # nothing but padding
             self._step(prepared.inputs.tensors, shape)  # compiles what is not compiled, and sets up libraries
-            self._stream.synchronize()
+            stream.synchronize()
             graph.capture_begin(pool=self._pool)
             prepared.tokens = self._step(prepared.inputs.tensors, shape)
             graph.capture_end()
@@ -160,4 +165,5 @@ class StepGraphs:
 
 
 def _next(sizes: list[int], count: int) -> int:
-    return next(size for size in sizes if size >= count)
+    """The least of the ascending `sizes` that holds `count`; the last one where none does."""
+    return next((size for size in sizes if size >= count), sizes[-1])
