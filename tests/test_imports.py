@@ -42,6 +42,18 @@ def test_the_engine_needs_neither_torch_nor_any_other_heavy_library(module: str)
     assert after_importing(module) == {"heavy": [], "root handlers": []}
 
 
+def test_a_cpu_needs_no_triton() -> None:
+    """It is an extra of GPU machines; here it stands for a package that is not there."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from nanovllm import LLM, SamplingParams\n"
+        "llm = LLM('tiny', device='cpu', num_kvcache_blocks=64)\n"
+        "print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2), use_tqdm=False)[0].token_ids)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_distribution_named_kernels_is_not_installed() -> None:
     """The hub's `kernels` would stand in for this project's package of that name, or be hidden by it.
 

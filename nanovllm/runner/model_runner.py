@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,13 +14,15 @@ from kernels import reference
 from nanovllm.engine.plan import Plan, StepResult
 from nanovllm.layers.attention import AttentionMeta, AttentionRows
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.runner.attention_work import AttentionWork
 from nanovllm.runner.batch import BlockTables, PackedBatch, pack
 from nanovllm.runner.device_state import DeviceState
 from nanovllm.runner.memory import device_memory
 from nanovllm.runner.sampling_table import settings_rows
 from nanovllm.runner.step_graphs import GraphSizes, StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding, Uploader
+
+if TYPE_CHECKING:
+    from nanovllm.runner.attention_work import AttentionWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
-        work: AttentionWork | None = None,
+        work: "AttentionWork | None" = None,
         graph_sizes: GraphSizes | None = None,
         capture: bool = True,
     ) -> None:
