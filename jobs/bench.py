@@ -9,6 +9,7 @@ WORKLOAD = "workload="
 BENCHMARKS = {
     "host": ("jobs.bench_host", "host work of decode and prefill steps, without a device"),
     "kernels": ("jobs.bench_kernels", "each kernel alone, beside torch, flash-attn and the bound"),
+    "trace": ("jobs.bench_trace", "a profiler's look at a few steps of each workload: idle share, time by kernel"),
     "transformers": (
         "jobs.bench_transformers",
         "the embedded model beside transformers' batched generate, on the bundled prompts",

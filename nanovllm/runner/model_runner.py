@@ -142,6 +142,10 @@ class ModelRunner:
             self._memory = None
             entered = {name: arrays.pop(name) for name in _ENTERED if name in arrays}
             self._enter(self._uploader.send(entered))
+        else:
+            del arrays["logits_index"]  # every token samples
+        for name in _BY_ROWS:
+            arrays.pop(name, None)
         self.graphs.send(shape, arrays)
         prepared = time.perf_counter()
         started = self._mark(0)
@@ -318,6 +322,8 @@ class ModelRunner:
 
 
 _ENTERED = ("table_places", "table_blocks", "admitted_slots", "settings")
+_BY_ROWS = ("slots", "context_lens", "query_starts")
+"""What only steps at their own size need, of backends that go by rows."""
 
 
 def _event_pair() -> "tuple[torch.cuda.Event, torch.cuda.Event]":

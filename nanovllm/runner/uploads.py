@@ -95,13 +95,15 @@ class FixedInputs:
         self.tensors = {name: segment.in_tensor(self._device_buffer) for name, segment in self._segments.items()}
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Fill the inputs; one that is not among `arrays` gets nothing but padding."""
+        """Fill the inputs, each with an array of its dtype; one that is not among `arrays` gets nothing but padding."""
+        assert arrays.keys() <= self._inputs.keys(), f"no such inputs: {arrays.keys() - self._inputs.keys()}"
         views, pinned = self._views[self._next], self._pinned[self._next]
         self._next = (self._next + 1) % len(self._views)
         for name, view in views.items():
             array = arrays.get(name)
             count = 0 if array is None else len(array)
             if array is not None:
+                assert array.dtype == view.dtype, f"{name} is {view.dtype}, not {array.dtype}"
                 view[:count] = array
             if name != self._last:
                 view[count:] = self._inputs[name].fill
