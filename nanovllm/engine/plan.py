@@ -76,7 +76,9 @@ class StepResult:
     forward_ms: float = 0.0
     """Device time of model and sampling."""
     padded_batch_size: int = 0
-    """Rows of the CUDA graph that ran; the plan's rows where none did."""
+    """Rows of the CUDA graph that ran; the plan's rows where none did, or a step with prefills, padded by tokens."""
+    padded_tokens: int = 0
+    """Tokens of the CUDA graph that ran; 0 where none did."""
     cuda_graph: bool = False
     logits_rows: int = 0
     """Rows of logits that were really computed."""

@@ -94,7 +94,7 @@ def log_attention(plan: Plan, result: StepResult, facts: ModelFacts) -> None:
     if not ATTENTION.isEnabledFor(logging.DEBUG):
         return
     num_slots = int(plan.num_tokens.sum())
-    rows = result.padded_batch_size if result.cuda_graph else num_slots
+    rows = result.padded_tokens if result.cuda_graph else num_slots
     query = f"[{rows}, {facts.query_heads_per_rank}, {facts.head_dim}]"
     key = f"[{rows}, {facts.kv_heads_per_rank}, {facts.head_dim}]"
     has_prefill = plan.num_decodes < plan.num_rows

@@ -33,8 +33,9 @@ class _Launched:
     done: "torch.cuda.Event | None"
     forward_ms: float
     prepare_ms: float
-    padded_batch_size: int
-    cuda_graph: bool
+    shape: StepShape | None
+    """Of the graph that ran, if one did."""
+    num_rows: int
     logits_rows: int
 
 
@@ -120,12 +121,14 @@ class ModelRunner:
         if self._memory is None or self.device.type != "cuda":
             self._memory = device_memory(self.device)
         allocated, reserved = self._memory
+        shape = step.shape
         return StepResult(
             token_ids=step.token_ids.copy(),
             prepare_ms=step.prepare_ms,
             forward_ms=forward_ms,
-            padded_batch_size=step.padded_batch_size,
-            cuda_graph=step.cuda_graph,
+            padded_batch_size=step.num_rows if shape is None or shape.prefills else shape.num_tokens,
+            padded_tokens=0 if shape is None else shape.num_tokens,
+            cuda_graph=shape is not None,
             logits_rows=step.logits_rows,
             device_allocated_bytes=allocated,
             device_reserved_bytes=reserved,
@@ -150,10 +153,7 @@ class ModelRunner:
         prepared = time.perf_counter()
         started = self._mark(0)
         tokens = self.graphs.run(shape)[: batch.num_sampled]
-        padded_rows = plan.num_rows if shape.prefills else shape.num_tokens
-        self._launch(
-            tokens, started, began, prepared, padded_rows=padded_rows, logits_rows=shape.num_sampled, cuda_graph=True
-        )
+        self._launch(tokens, started, began, prepared, plan.num_rows, logits_rows=shape.num_sampled, shape=shape)
 
     def _run_at_own_size(self, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float) -> None:
         inputs = self._uploader.send(arrays)
@@ -162,8 +162,7 @@ class ModelRunner:
         self._enter(inputs)
         tokens = self._step(inputs, self._own_meta(plan, batch, inputs), batch.num_sampled)
         self._memory = None
-        logits_rows = len(batch.logits_index)
-        self._launch(tokens, started, began, prepared, padded_rows=plan.num_rows, logits_rows=logits_rows)
+        self._launch(tokens, started, began, prepared, plan.num_rows, logits_rows=len(batch.logits_index), shape=None)
 
     def _launch(
         self,
@@ -171,10 +170,10 @@ class ModelRunner:
         started: "torch.cuda.Event | None",
         began: float,
         prepared: float,
+        num_rows: int,
         *,
-        padded_rows: int,
         logits_rows: int,
-        cuda_graph: bool = False,
+        shape: StepShape | None,
     ) -> None:
         """Send the tokens on their way to the host."""
         buffer = self._token_buffers[self._num_submitted % self._depth][: len(tokens)]
@@ -189,8 +188,8 @@ class ModelRunner:
                 done=done,
                 forward_ms=(now - prepared) * 1e3,
                 prepare_ms=((now if done is not None else prepared) - began) * 1e3,
-                padded_batch_size=padded_rows,
-                cuda_graph=cuda_graph,
+                shape=shape,
+                num_rows=num_rows,
                 logits_rows=logits_rows,
             )
         )

@@ -216,7 +216,12 @@ def test_a_mixed_step_logs_both_scheduled_lines_with_their_own_sizes_and_one_mix
 
 def test_a_cuda_graph_step_shows_padded_tensors_and_the_tokens_really_stored(log, recorder):
     result = StepResult(
-        token_ids=np.zeros(3, np.int32), padded_batch_size=8, cuda_graph=True, logits_rows=8, forward_ms=1.5
+        token_ids=np.zeros(3, np.int32),
+        padded_batch_size=8,
+        padded_tokens=8,
+        cuda_graph=True,
+        logits_rows=8,
+        forward_ms=1.5,
     )
     recorder.on_step(make_step(make_schedule(make_plan(decodes=[(0, 5), (1, 6), (2, 7)])), result=result))
     texts = [line.text for line in log()]
