@@ -11,8 +11,10 @@ HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "hydra
 ENGINE = (
     "nanovllm.engine",
     "nanovllm.engine.block_manager",
+    "nanovllm.engine.commit",
     "nanovllm.engine.llm_engine",
     "nanovllm.engine.plan",
+    "nanovllm.engine.running",
     "nanovllm.engine.scheduler",
     "nanovllm.engine.sequence",
 )

@@ -1,9 +1,11 @@
 """One sequence on its way through the engine."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from nanovllm.events import FinishedSequence
 from nanovllm.sampling_params import ResolvedSampling
 
 StopCheck = Callable[[int], bool]
@@ -13,7 +15,7 @@ StopCheck = Callable[[int], bool]
 class Sequence:
     """A sequence's identity, limits and times.
 
-    While it runs, its tokens and its block table stand in the scheduler's matrices and `token_ids` is stale; while it
+    While it runs, its tokens and its block table stand in the arrays of `Running` and `token_ids` is stale; while it
     waits (new or preempted), `token_ids` holds prompt and output so far.
     """
 
@@ -78,3 +80,20 @@ class Sequence:
         if token_id in self.stop_token_ids:
             return True
         return self.stop_check is not None and self.stop_check(token_id)
+
+    def end(self, reason: str, output_ids: np.ndarray) -> "Ended":
+        self.end_reason = reason
+        return Ended(sequence=self, token_ids=output_ids, reason=reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A sequence that has just ended, with all its output."""
+
+    sequence: Sequence
+    token_ids: np.ndarray
+    reason: str
+    """eos, stop, max_tokens, abort or error"""
+
+    def fact(self) -> FinishedSequence:
+        return FinishedSequence(self.sequence.seq_id, len(self.token_ids), self.reason)

@@ -1,45 +1,57 @@
 """Seeded bugs: changed passages in methods of the engine, to show that the tests would see them."""
 
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
-from nanovllm.engine import block_manager, scheduler
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.commit import Committer
+from nanovllm.engine.running import Running
 from nanovllm.engine.scheduler import Scheduler
+
+ENGINE = (BlockManager, Running, Committer, Scheduler)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mutant:
-    """A bug: in each named method of BlockManager or Scheduler, one passage replaced by another."""
+    """A bug: in each named method of the engine's classes, one passage replaced by another."""
 
     name: str
     changes: tuple[tuple[str, str, str], ...]
     """method, passage, replacement"""
     hash_bits: int = 64
 
-    def block_manager(self) -> type[BlockManager]:
-        return _changed(BlockManager, vars(block_manager), self.changes)
-
-    def scheduler(self) -> type[Scheduler]:
-        return _changed(Scheduler, vars(scheduler), self.changes)
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """The engine has the bug, until this is left."""
+        with ExitStack() as stack:
+            for method, old, new in self.changes:
+                cls = owner_of(method)
+                stack.enter_context(patch.object(cls, method, _changed(cls, method, old, new)))
+            yield
 
 
 def mutant(name: str, *changes: tuple[str, str, str], hash_bits: int = 64) -> Mutant:
     return Mutant(name=name, changes=changes, hash_bits=hash_bits)
 
 
-def _changed(cls: type, module_globals: dict[str, object], changes: tuple[tuple[str, str, str], ...]) -> type:
-    """A subclass with those of the changes that are for this class; the engine itself is left alone."""
-    sources = {name: inspect.getsource(vars(cls)[name]) for name, _, _ in changes if name in vars(cls)}
-    for name, old, new in changes:
-        if name in sources:
-            found = sources[name].count(old)
-            assert found == 1, f"the passage {old!r} stands {found} times in {cls.__name__}.{name}: mend the mutant"
-            sources[name] = sources[name].replace(old, new)
+def owner_of(method: str) -> type:
+    owners = [cls for cls in ENGINE if method in vars(cls)]
+    assert len(owners) == 1, f"{method} is a method of {owners}, not of one class of the engine: mend the mutant"
+    return owners[0]
+
+
+def _changed(cls: type, method: str, old: str, new: str) -> object:
+    source = inspect.getsource(vars(cls)[method])
+    found = source.count(old)
+    assert found == 1, f"the passage {old!r} stands {found} times in {cls.__name__}.{method}: mend the mutant"
     methods: dict[str, object] = {}
-    for name, source in sources.items():
-        exec(compile(f"if True:\n{source}", f"<mutant of {cls.__name__}.{name}>", "exec"), module_globals, methods)
-    return type(cls.__name__, (cls,), methods)
+    code = compile(f"if True:\n{source.replace(old, new)}", f"<mutant of {cls.__name__}.{method}>", "exec")
+    exec(code, vars(sys.modules[cls.__module__]), methods)
+    return methods[method]
 
 
 MUTANTS = (
@@ -98,18 +110,18 @@ MUTANTS = (
     # Publishing
     mutant(
         "a chunked prompt is published before all of it is computed",
-        ("_num_full", "self._computed[slots], self._committed[slots]", "self._committed[slots]"
-         ", self._committed[slots]"),
+        ("_num_full", "self.computed[slots], self.committed[slots]", "self.committed[slots]"
+         ", self.committed[slots]"),
     ),
     mutant(
         "a prompt can be hit in the step that computes it",
-        ("_admit", "budget -= count", "budget -= count; self._take_blocks(wanted); "
-         "self._publish(np.array([seq.slot]), np.array([(num_cached + count) // self.blocks.block_size]))"),
+        ("_admit", "budget -= count", "budget -= count; self.running.take_blocks(wanted); "
+         "self.running._publish(np.array([seq.slot]), np.array([(num_cached + count) // self.blocks.block_size]))"),
     ),
     mutant(
         "a block is published before its last token is known",
-        ("_num_full", "self._computed[slots], self._committed[slots]", "self._computed[slots]"
-         ", self._computed[slots]"),
+        ("_num_full", "self.computed[slots], self.committed[slots]", "self.computed[slots]"
+         ", self.computed[slots]"),
     ),
     # Tables
     mutant(
@@ -119,15 +131,15 @@ MUTANTS = (
     ),
     mutant(
         "a decode gets its new block one token late",
-        ("_schedule_decodes", "== self._capacity[ready]", "== self._capacity[ready] + 1"),
+        ("_schedule_decodes", "== running.capacity[ready]", "== running.capacity[ready] + 1"),
     ),
     mutant(
         "a table entry goes to the wrong column",
-        ("_grow", "_TableEntries(owners, columns, blocks)", "_TableEntries(owners, columns + 1, blocks)"),
+        ("grow", "TableEntries(owners, columns, blocks)", "TableEntries(owners, columns + 1, blocks)"),
     ),
     mutant(
         "the runner gets a table's blocks in another order",
-        ("_grow", "_TableEntries(owners, columns, blocks)", "_TableEntries(owners, columns, blocks[::-1])"),
+        ("grow", "TableEntries(owners, columns, blocks)", "TableEntries(owners, columns, blocks[::-1])"),
     ),
     mutant(
         "blocks that a hit takes out of the free ones are not counted at admission",
@@ -147,7 +159,7 @@ MUTANTS = (
     ),
     mutant(
         "the blocks of a hit are missing in the runner's table",
-        ("_place", "self._enter(slot, hits)", "self._capacity[slot] += len(hits) * self.blocks.block_size"),
+        ("place", "self._enter(slot, hits)", "self.capacity[slot] += len(hits) * self._blocks.block_size"),
     ),
     mutant(
         "a hit covers the whole prompt",
@@ -159,16 +171,18 @@ MUTANTS = (
     mutant("a continued prefill costs no budget", ("_continue_prefills", "budget -= count", "pass")),
     mutant(
         "a sequence runs one step beyond its limit",
-        ("_schedule_decodes", "self._length[order] < self._limit[order]", "self._length[order] <= self._limit[order]"),
+        ("_schedule_decodes", "running.length[order] < running.limit[order]",
+         "running.length[order] <= running.limit[order]"),
     ),
     # Preemption
     mutant(
         "a preempted sequence loses its output",
-        ("_preempt", "self._tokens[slot, : self._committed[slot]]", "self._tokens[slot, : seq.num_prompt_tokens]"),
+        ("_preempt", "running.tokens[slot, : running.committed[slot]]",
+         "running.tokens[slot, : seq.num_prompt_tokens]"),
     ),
     mutant(
         "a preempted sequence takes a token that is not known yet",
-        ("_preempt", "self._tokens[slot, : self._committed[slot]]", "self._tokens[slot, : self._length[slot]]"),
+        ("_preempt", "running.tokens[slot, : running.committed[slot]]", "running.tokens[slot, : running.length[slot]]"),
     ),
     mutant(
         "a preempted sequence loses the token of its step under way",
@@ -196,12 +210,12 @@ MUTANTS = (
     ),
     mutant(
         "leaving counts as the end of a prefill that was over",
-        ("_leave", "np.count_nonzero(self._computed[slots] < self._prefill_end[slots])", "len(slots)"),
+        ("leave", "np.count_nonzero(self.computed[slots] < self.prefill_end[slots])", "len(slots)"),
     ),
     mutant(
         "a re-admitted sequence forgets when its first token came",
-        ("_place", "self._has_first_token[slot] = seq.first_token_ns is not None",
-         "self._has_first_token[slot] = False"),
+        ("place", "self.has_first_token[slot] = seq.first_token_ns is not None",
+         "self.has_first_token[slot] = False"),
     ),
     mutant(
         "a preempted sequence waits for ever for its step under way",
@@ -209,16 +223,16 @@ MUTANTS = (
     ),
     mutant(
         "a re-admitted sequence takes its output for prompt",
-        ("_place", "self._prefill_end[slot] = num_tokens", "self._prefill_end[slot] = seq.num_prompt_tokens"),
+        ("place", "self.prefill_end[slot] = num_tokens", "self.prefill_end[slot] = seq.num_prompt_tokens"),
     ),
     # Ending
     mutant(
         "the token of a sequence that has already ended is appended",
-        ("commit", "live = current[rows] & ~self._ended[slots]", "live = current[rows]"),
+        ("take", "live = current[rows] & ~running.ended[slots]", "live = current[rows]"),
     ),
     mutant(
         "a sequence's blocks are freed while its step is under way",
-        ("_release_ended", " & (self._in_flight[slots] == 0)", ""),
+        ("release_ended", " & (self.in_flight[slots] == 0)", ""),
     ),
     mutant(
         "the blocks of an aborted sequence are said to be of a finished one",
@@ -234,6 +248,6 @@ MUTANTS = (
     ),
     mutant(
         "a row whose logits are not finite goes on",
-        ("commit", "token_ids, token_ids >= 0\n", "token_ids, token_ids >= -1\n"),
+        ("take", "token_ids, token_ids >= 0\n", "token_ids, token_ids >= -1\n"),
     ),
 )  # fmt: skip

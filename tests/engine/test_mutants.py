@@ -5,27 +5,19 @@ from collections import Counter
 import pytest
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler
-from tests.engine.mutants import MUTANTS, Mutant
+from tests.engine.mutants import ENGINE, MUTANTS, Mutant
 from tests.engine.traces import random_trace, run_trace
 
 MOST_TRACES = 600
 
 
 def trace_that_catches(mutant: Mutant) -> int | None:
-    block_manager, scheduler = mutant.block_manager(), mutant.scheduler()
-    for seed in range(MOST_TRACES):
-        try:
-            run_trace(
-                random_trace(seed),
-                Counter(),
-                hash_bits=mutant.hash_bits,
-                block_manager=block_manager,
-                scheduler=scheduler,
-                with_ledger=True,
-            )
-        except Exception:  # a bug may break anything: a law, an index, the engine's own assertions
-            return seed
+    with mutant.planted():
+        for seed in range(MOST_TRACES):
+            try:
+                run_trace(random_trace(seed), Counter(), hash_bits=mutant.hash_bits, with_ledger=True)
+            except Exception:  # a bug may break anything: a law, an index, the engine's own assertions
+                return seed
     return None
 
 
@@ -43,8 +35,10 @@ def test_the_engine_as_it_is_passes_the_traces_that_catch_the_bugs(hash_bits: in
 
 def test_a_mutant_is_the_engine_with_one_method_changed() -> None:
     mutant = next(m for m in MUTANTS if m.changes[0][0] == "free")
+    before = {cls: dict(vars(cls)) for cls in ENGINE}
 
-    assert issubclass(mutant.block_manager(), BlockManager)
-    assert list(vars(mutant.block_manager())).count("free") == 1
-    assert "free" not in vars(mutant.scheduler())
-    assert issubclass(mutant.scheduler(), Scheduler)
+    with mutant.planted():
+        planted = {(cls, name) for cls in ENGINE for name, value in vars(cls).items() if value is not before[cls][name]}
+
+    assert planted == {(BlockManager, "free")}
+    assert {cls: dict(vars(cls)) for cls in ENGINE} == before, "the engine itself is left alone"

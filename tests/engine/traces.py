@@ -179,8 +179,6 @@ def run_trace(
     seen: Counter[str],
     *,
     hash_bits: int = 64,
-    block_manager: type[BlockManager] = BlockManager,
-    scheduler: type[Scheduler] = Scheduler,
     with_ledger: bool = False,
 ) -> None:
     """Run one trace; raises AssertionError (or whatever the engine raises) where a law is broken.
@@ -188,7 +186,7 @@ def run_trace(
     What happened is counted in `seen`. `with_ledger` replays the block events beside it.
     """
     with patch.object(scheduler_module, "GROWTH_STEPS", trace.growth_steps):
-        _Run(trace, seen, hash_bits, block_manager, scheduler, with_ledger).run()
+        _Run(trace, seen, hash_bits, with_ledger).run()
 
 
 def run_traces(seeds: range, hash_bits: int = 64, with_ledger: bool = False) -> Counter[str]:
@@ -210,18 +208,16 @@ class _Run:
         trace: Trace,
         seen: Counter[str],
         hash_bits: int,
-        block_manager: type[BlockManager],
-        scheduler: type[Scheduler],
         with_ledger: bool,
     ) -> None:
         self.trace = trace
         self.seen = seen
         self.rng = random.Random(~trace.seed)
-        self.blocks = block_manager(
+        self.blocks = BlockManager(
             trace.num_blocks, trace.block_size, prefix_caching=trace.prefix_caching, hash_bits=hash_bits
         )
         self._count_collisions()
-        self.scheduler = scheduler(
+        self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=trace.max_num_seqs,
             max_num_batched_tokens=trace.max_num_batched_tokens,

@@ -1,0 +1,274 @@
+"""The running sequences: persistent arrays with one slot per sequence, and the blocks that a slot holds."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovllm.engine.block_manager import ROOT, BlockManager
+from nanovllm.engine.sequence import Ended, Sequence
+from nanovllm.events import ABORTED, FINISHED
+
+CUT = -1
+"""In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
+
+
+class TableEntries(NamedTuple):
+    """table[slot, column] = block, each int32 [entries]"""
+
+    slots: np.ndarray
+    columns: np.ndarray
+    blocks: np.ndarray
+
+
+class Running:
+    """Sequences that hold a slot: a place in arrays that are updated, never rebuilt, so that a decode step of
+    hundreds of sequences costs a fixed number of array operations. Of a sequence in slot s
+
+        0 ..... computed[s]            KV is there, or will be once the submitted steps have run
+        0 ..... committed[s]           tokens are known
+        0 ..... length[s]              tokens are known or being sampled by a submitted step
+        0 ..... prefill_end[s]         tokens that were known when it was admitted; below this it is prefilling
+        0 ..... limit[s]               it ends here at the latest
+        0 ..... capacity[s]            there are blocks for the KV
+
+    Who schedules or commits reads these arrays and may set one of them; what must change together, a method here does.
+    """
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_model_len: int) -> None:
+        self._blocks = blocks
+        self.order = np.empty(0, np.int32)
+        """Slots that are taken, in order of admission."""
+        self.free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self.sequences: list[Sequence | None] = [None] * max_num_seqs
+        self.num_prefilling = 0
+        self.num_ended = 0
+
+        def per_slot(dtype: type, value: int = 0) -> np.ndarray:
+            return np.full(max_num_seqs, value, dtype)
+
+        most_blocks = -(-max_model_len // blocks.block_size)
+        self._token_blocks = np.empty((max_num_seqs, most_blocks, blocks.block_size), np.int32)
+        self.tokens = self._token_blocks.reshape(max_num_seqs, -1)
+        self.seq_ids = per_slot(np.int64, -1)
+        self.computed = per_slot(np.int32)
+        self.committed = per_slot(np.int32)
+        self.length = per_slot(np.int32)
+        self.prefill_end = per_slot(np.int32)
+        self.limit = per_slot(np.int32)
+        self.capacity = per_slot(np.int32)
+        self.in_flight = per_slot(np.int32)
+        """Submitted steps of the slot's sequence whose tokens have not been committed."""
+        self.ended = per_slot(np.bool_)
+        """Its sequence has ended, and keeps the slot until its last submitted step is committed."""
+        self.stops_at_eos = per_slot(np.bool_)
+        self.has_own_stops = per_slot(np.bool_)
+        self.has_first_token = per_slot(np.bool_)
+        self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.int32)
+        self._published = per_slot(np.int32)
+        self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
+
+        self._new_entries: list[TableEntries] = []  # for the next plan
+
+    def sequence_in(self, slot: int) -> Sequence:
+        seq = self.sequences[slot]
+        assert seq is not None, f"slot {slot} is empty"
+        return seq
+
+    def table_of(self, slot: int) -> np.ndarray:
+        """A running sequence's blocks."""
+        return self._tables[slot, : self._num_held(slot)]
+
+    def _num_held(self, slot: int) -> int:
+        return self.capacity.item(slot) // self._blocks.block_size
+
+    # Taking a slot
+
+    def place(self, seq: Sequence, hits: np.ndarray, limit: int, now_ns: int) -> None:
+        """Give a waiting sequence a slot, and the cached blocks `hits` as the first blocks of its table."""
+        num_tokens = len(seq.token_ids)
+        num_cached = len(hits) * self._blocks.block_size
+        if seq.first_scheduled_ns is None:
+            seq.first_scheduled_ns = now_ns
+            seq.num_cached_tokens = num_cached
+        slot = seq.slot = self.free_slots.pop()
+        self.sequences[slot] = seq
+        self.seq_ids[slot] = seq.seq_id
+        self.order = np.append(self.order, np.int32(slot))
+        self.num_prefilling += 1
+        self.tokens[slot, :num_tokens] = seq.token_ids
+        self.computed[slot] = num_cached
+        self.committed[slot] = self.length[slot] = self.prefill_end[slot] = num_tokens
+        self.limit[slot] = limit
+        self.capacity[slot] = 0
+        self.in_flight[slot] = 0
+        self.stops_at_eos[slot] = not seq.sampling.ignore_eos
+        self.has_own_stops[slot] = bool(seq.stop_token_ids) or seq.stop_check is not None
+        self.has_first_token[slot] = seq.first_token_ns is not None
+        self._published[slot] = len(hits)
+        self._parent[slot] = self._blocks.content_of(hits[-1]) if len(hits) else ROOT
+        if len(hits):
+            self._blocks.hit(seq.seq_id, hits)
+            self._enter(slot, hits)
+
+    # Growing
+
+    def take_blocks(self, wanted: list[tuple[int, int]]) -> None:
+        """Take the blocks that are wanted, as (slot, count); none are wanted afterwards."""
+        if len(wanted) == 1:  # as where prompts share a prefix; a third of the time that grow takes
+            ((slot, count),) = wanted
+            self._enter(slot, self._blocks.allocate(self.seq_ids.item(slot), count))
+        elif wanted:
+            slots, counts = np.array(wanted, np.int32).T
+            self.grow(slots, counts)
+        wanted.clear()
+
+    def grow(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """`counts` [slots] more blocks for each slot."""
+        owners, columns = _spread(slots, self.capacity[slots] // self._blocks.block_size, counts)
+        blocks = self._blocks.allocate(self.seq_ids[owners], len(owners))
+        self._tables[owners, columns] = blocks
+        self.capacity[slots] += counts * self._blocks.block_size
+        self._new_entries.append(TableEntries(owners, columns, blocks))
+
+    def _enter(self, slot: int, blocks: np.ndarray) -> None:
+        """Append blocks to a slot's table and to the next plan's table entries."""
+        first, count = self._num_held(slot), len(blocks)
+        self._tables[slot, first : first + count] = blocks
+        self.capacity[slot] += count * self._blocks.block_size
+        columns = np.arange(first, first + count, dtype=np.int32)
+        self._new_entries.append(TableEntries(np.full(count, slot, np.int32), columns, blocks))
+
+    def drain_table_entries(self) -> TableEntries:
+        """The entries since the last call, in the order in which they were made."""
+        entries = _joined(self._new_entries)
+        self._new_entries.clear()
+        return entries
+
+    # Going on
+
+    def advance(self, slots: np.ndarray, num_tokens: np.ndarray, num_decodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """A step that computes `num_tokens` [slots], decodes first, is being submitted.
+
+        Returns where each slot starts, and whether it samples.
+        """
+        starts = self.computed[slots]
+        ends = starts + num_tokens
+        samples = ends == self.length[slots]
+        self.computed[slots] = ends
+        self.length[slots] += samples
+        self.in_flight[slots] += 1
+        if num_decodes < len(slots):
+            self.num_prefilling -= int(np.count_nonzero(samples[num_decodes:]))
+        self._publish_full_blocks(slots)
+        return starts, samples
+
+    def _publish_full_blocks(self, slots: np.ndarray) -> None:
+        """Tell the prefix index of the slots' blocks that are full once the submitted steps have run.
+
+        A later plan may hit them, and runs after these.
+        """
+        if not self._blocks.prefix_caching:
+            return
+        full = self._num_full(slots)
+        due = full > self._published[slots]
+        if due.any():
+            self._publish(slots[due], full[due])
+
+    def _num_full(self, slots: np.ndarray) -> np.ndarray:
+        """Blocks of each slot whose tokens are known and have their KV once the submitted steps have run."""
+        return np.minimum(self.computed[slots], self.committed[slots]) // self._blocks.block_size
+
+    def _publish(self, slots: np.ndarray, full: np.ndarray) -> None:
+        """Offer the slots' first `full` [slots] blocks for reuse, as far as that has not been done."""
+        first = self._published[slots]
+        self._published[slots] = full
+        goes_on = self._parent[slots] != CUT
+        if not goes_on.all():
+            slots, first, full = slots[goes_on], first[goes_on], full[goes_on]
+        counts = full - first
+        owners, columns = _spread(slots, first, counts)
+        tokens = self._token_blocks[owners, columns]
+        hashes = self._hashes_of(slots, first, full, tokens)
+        runs = zip(self.seq_ids[slots].tolist(), self._parent[slots].tolist(), counts.tolist(), strict=True)
+        ends = self._blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
+        self._parent[slots] = [CUT if end is None else end for end in ends]
+
+    def _hashes_of(self, slots: np.ndarray, first: np.ndarray, full: np.ndarray, tokens: np.ndarray) -> list[int]:
+        """Chained hashes of each slot's blocks from `first` to `full`, which hold `tokens`."""
+        hashes: list[int] = []
+        data, width = tokens.tobytes(), tokens.itemsize * self._blocks.block_size
+        at = 0  # of the slot's first block in `data`
+        for slot, start, end in zip(slots.tolist(), first.tolist(), full.tolist(), strict=True):
+            seq = self.sequence_in(slot)
+            own, past = seq.prefix_hashes, at + (end - start) * width
+            if len(own) < end:
+                self._blocks.extend_hashes(own, data[at + (len(own) - start) * width : past])
+            hashes += own[start:end]
+            at = past
+        return hashes
+
+    # Leaving
+
+    def end(self, slot: int, reason: str) -> Ended:
+        """A sequence has ended; `release_ended` follows now, or when its last submitted step is committed."""
+        seq = self.sequence_in(slot)
+        self.ended[slot] = True
+        self.num_ended += 1
+        return seq.end(reason, self.tokens[slot, seq.num_prompt_tokens : self.committed[slot]].copy())
+
+    def release_ended(self, slots: np.ndarray) -> None:
+        """Those of the slots whose sequence has ended, and whose submitted steps are all committed, are given back."""
+        slots = slots[self.ended[slots] & (self.in_flight[slots] == 0)]
+        if not len(slots):
+            return
+        self.ended[slots] = False
+        self.num_ended -= len(slots)
+        self.leave(slots, [self._free_reason(slot) for slot in slots.tolist()])
+
+    def _free_reason(self, slot: int) -> str:
+        return ABORTED if self.sequence_in(slot).end_reason == "abort" else FINISHED
+
+    def leave(self, slots: np.ndarray, reasons: list[str]) -> int:
+        """Give back slots and their blocks, one after the other; returns how many blocks have no user left."""
+        freed = self._free_blocks(slots, reasons)
+        self.num_prefilling -= int(np.count_nonzero(self.computed[slots] < self.prefill_end[slots]))
+        listed = slots.tolist()
+        for slot in listed:
+            self.sequence_in(slot).slot = -1
+            self.sequences[slot] = None
+        self.capacity[slots] = 0
+        self.seq_ids[slots] = -1
+        self.order = self.order[self.seq_ids[self.order] >= 0]
+        self.free_slots += listed
+        return freed
+
+    def _free_blocks(self, slots: np.ndarray, reasons: list[str]) -> int:
+        """What a sequence has not published yet is published just before its blocks are freed."""
+        full = self._num_full(slots)
+        due = np.flatnonzero(full > self._published[slots]).tolist() if self._blocks.prefix_caching else []
+        freed, first = 0, 0
+        for end in [*due, len(slots)]:
+            if first < end:
+                part = slots[first:end]
+                tables = [self.table_of(slot) for slot in part.tolist()]
+                freed += self._blocks.free(self.seq_ids[part].tolist(), tables, reasons[first:end])
+            if end < len(slots):
+                self._publish(slots[end : end + 1], full[end : end + 1])
+            first = end
+        return freed
+
+
+def _joined(entries: list[TableEntries]) -> TableEntries:
+    if not entries:
+        nothing = np.empty(0, np.int32)
+        return TableEntries(nothing, nothing, nothing)
+    return TableEntries(*(np.concatenate(parts) for parts in zip(*entries, strict=True)))
+
+
+def _spread(slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of `counts` [slots] blocks from column `first` [slots] on, one slot after the other: the slot and the column."""
+    if len(slots) == counts.sum() and counts.all():  # one each, as in a decode step
+        return slots, first
+    owners = np.repeat(slots, counts)
+    columns = np.arange(len(owners), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts - first, counts)
+    return owners, columns.astype(np.int32)
