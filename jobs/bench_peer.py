@@ -23,7 +23,6 @@ from nanovllm.models.source import ModelSource, resolve_model
 
 ADAPTERS = Path(__file__).parent / "bench_peer_adapters"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-WEIGHT_STD = 0.02
 STOP_S = 20.0
 STDERR = 2
 
@@ -181,12 +180,14 @@ def _write_weights(source: ModelSource, dtype: str, seed: int, path: Path) -> No
     import torch
     from safetensors.torch import save_file
 
+    from nanovllm.models.weights import DUMMY_STD
+
     generator = torch.Generator().manual_seed(seed)
     kind = getattr(torch, dtype)
     tensors = {
         name: torch.ones(shape, dtype=kind)
         if len(shape) == 1
-        else torch.empty(shape, dtype=kind).normal_(0.0, WEIGHT_STD, generator=generator)
+        else torch.empty(shape, dtype=kind).normal_(0.0, DUMMY_STD, generator=generator)
         for name, shape in parse_config(source.config).tensor_shapes().items()
     }
     save_file(tensors, path, metadata={"format": "pt"})

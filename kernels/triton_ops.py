@@ -1,4 +1,4 @@
-"""The operations of reference.py as Triton kernels, attention apart; matrix products are cuBLAS's."""
+"""The operations of reference.py as Triton kernels, attention apart; products of many rows are cuBLAS's."""
 
 from kernels.embed import embed
 from kernels.linear import linear

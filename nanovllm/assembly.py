@@ -77,6 +77,8 @@ def assemble(
         settings = _settings(config, device, dtype, max_model_len, choice, sizes)
         lines.log_engine_start(source.name, settings)
         lines.log_runner_start()
+        if choice.obstacle is not None:
+            lines.log_reference_on_gpu(choice.obstacle)
         lines.log_model_loading(source.name)
         lines.log_model_config(_architecture(c))
         tokenizer = load_tokenizer(source.directory)

@@ -26,6 +26,8 @@ class KernelChoice:
     kernels_reason: str
     attention: str
     attention_reason: str
+    obstacle: str | None = None
+    """Why a GPU has been left with the reference, many times slower, where nobody asked for it."""
 
     def ops(self) -> Ops:
         module = importlib.import_module(f"kernels.{'triton_ops' if self.kernels == 'triton' else 'reference'}")
@@ -53,7 +55,9 @@ def choose_kernels(
         attention, attention_reason = "flash_attn", "asked for"
     else:
         attention, attention_reason = _choose("engine.attention", engine.attention, obstacle, device)
+    is_left = device.type == "cuda" and "auto" in (engine.kernels, engine.attention)
     return KernelChoice(
+        obstacle=obstacle if is_left else None,
         kernels=kernels,
         kernels_reason=kernels_reason,
         attention=attention,

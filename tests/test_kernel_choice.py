@@ -155,6 +155,7 @@ def test_auto_on_a_gpu_is_triton_where_it_runs_and_else_the_reference_and_says_w
         assert (choice.kernels, choice.attention) == (chosen, chosen)
         assert choice.kernels_reason == choice.attention_reason == reason
         assert choice.capturable == (chosen == "triton")
+        assert choice.obstacle == (None if chosen == "triton" else reason.removeprefix("auto: "))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,11 @@ def log_runner_start(rank: int = 0) -> None:
     RUNNER.info("Initializing ModelRunner (rank %d)", rank)
 
 
+def log_reference_on_gpu(obstacle: str) -> None:
+    """The plain torch definitions run on a GPU, and nobody asked for them."""
+    RUNNER.warning("Without Triton's kernels this GPU runs the reference, many times slower: %s", obstacle)
+
+
 def log_model_loading(path: str) -> None:
     """Weights are about to be read."""
     RUNNER.info("Loading model: %s", path)

@@ -99,18 +99,16 @@ class ModelRunner:
         began = time.perf_counter()
         self._tables.update(plan)
         prefills = plan.num_decodes < plan.num_rows
-        has_shape = self.graphs is not None and (not prefills or bool(self.graphs.sizes.tokens))
-        batch = pack(plan, self._tables, self._block_size, 1 if has_shape else self._multiple)
+        if self.graphs is None or not self.graphs.has_shapes(prefills=prefills):
+            batch = pack(plan, self._tables, self._block_size, self._multiple)
+            self._run_at_own_size(plan, batch, self._arrays(plan, batch), began)
+            return
+        batch = pack(plan, self._tables, self._block_size, 1)
         arrays = self._arrays(plan, batch)
-        shape = None
-        if self.graphs is not None:
-            shares_prefixes = len(arrays.get("prefix_items", ())) > 0
-            sizes = batch.num_tokens, batch.num_sampled
-            shape = self.graphs.shape(*sizes, prefills=prefills, shares_prefixes=shares_prefixes)
-        if shape is None:
-            self._run_at_own_size(plan, batch, arrays, began)
-        else:
-            self._run_at_shape(shape, plan, batch, arrays, began)
+        shares_prefixes = len(arrays.get("prefix_items", ())) > 0
+        sizes = batch.num_tokens, batch.num_sampled
+        shape = self.graphs.shape(*sizes, prefills=prefills, shares_prefixes=shares_prefixes)
+        self._run_at_shape(self.graphs, shape, plan, batch, arrays, began)
 
     def collect(self) -> StepResult:
         step = self._launched.popleft()
@@ -137,9 +135,14 @@ class ModelRunner:
     # Launching
 
     def _run_at_shape(
-        self, shape: StepShape, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float
+        self,
+        graphs: StepGraphs,
+        shape: StepShape,
+        plan: Plan,
+        batch: PackedBatch,
+        arrays: dict[str, np.ndarray],
+        began: float,
     ) -> None:
-        assert self.graphs is not None
         if shape.prefills:
             # New tables and settings come in any number: they are entered before the step.
             self._memory = None
@@ -149,10 +152,10 @@ class ModelRunner:
             del arrays["logits_index"]  # every token samples
         for name in _BY_ROWS:
             arrays.pop(name, None)
-        self.graphs.send(shape, arrays)
+        graphs.send(shape, arrays)
         prepared = time.perf_counter()
         started = self._mark(0)
-        tokens = self.graphs.run(shape)[: batch.num_sampled]
+        tokens = graphs.run(shape)[: batch.num_sampled]
         self._launch(tokens, started, began, prepared, plan.num_rows, logits_rows=shape.num_sampled, shape=shape)
 
     def _run_at_own_size(self, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float) -> None:

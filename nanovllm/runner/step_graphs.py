@@ -98,7 +98,6 @@ class StepGraphs:
         self._step = step
         self._make_inputs = make_inputs
         self._finds_prefixes = finds_prefixes
-        self._captures = capture
         self._prepared: dict[StepShape, _Prepared] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._stream = torch.cuda.Stream() if capture else None
@@ -113,12 +112,15 @@ class StepGraphs:
     def num_graphs(self) -> int:
         return len(self._prepared)
 
-    def shape(self, num_tokens: int, num_sampled: int, *, prefills: bool, shares_prefixes: bool) -> StepShape | None:
-        """The shape that such a step runs at; None where there is none, and it runs at its own."""
+    def has_shapes(self, *, prefills: bool) -> bool:
+        """Whether steps with prefills, or without, run at fixed shapes."""
+        return not prefills or bool(self.sizes.tokens)
+
+    def shape(self, num_tokens: int, num_sampled: int, *, prefills: bool, shares_prefixes: bool) -> StepShape:
+        """The shape that such a step runs at, where it has one."""
+        assert self.has_shapes(prefills=prefills)
         if not prefills:
             return self._decode_shape(_next(self.sizes.decodes, num_tokens), shares_prefixes)
-        if not self.sizes.tokens:
-            return None
         return self._prefill_shape(_next(self.sizes.tokens, num_tokens), _next(self.sizes.sampled, num_sampled))
 
     def send(self, shape: StepShape, arrays: Mapping[str, np.ndarray]) -> None:

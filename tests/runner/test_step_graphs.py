@@ -75,17 +75,14 @@ def test_every_step_has_a_shape_that_holds_it(
     for shares_prefixes in (False, True):
         for rows in range(1, max_num_seqs + 1):
             shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=shares_prefixes)
-            assert shape is not None
             assert shape.num_tokens == shape.num_sampled >= rows
             assert (shape.prefills, shape.shares_prefixes) == (False, shares_prefixes)
             shapes.add(shape)
-        for num_tokens in range(1, max_num_batched_tokens + 1, 7):
+        assert graphs.has_shapes(prefills=False)
+        assert graphs.has_shapes(prefills=True) == with_prefills, "without, steps with prefills run at their own size"
+        for num_tokens in range(1, max_num_batched_tokens + 1, 7) if with_prefills else ():
             num_sampled = num_tokens * 31 % (min(max_num_seqs, num_tokens) + 1)  # none as well: all are first chunks
             shape = graphs.shape(num_tokens, num_sampled, prefills=True, shares_prefixes=shares_prefixes)
-            if not with_prefills:
-                assert shape is None, "steps with prefills run at their own size"
-                continue
-            assert shape is not None
             assert shape.num_tokens >= num_tokens
             assert shape.num_sampled >= num_sampled
             assert shape.prefills
@@ -103,7 +100,6 @@ def test_without_shared_prefixes_no_prefill_shape_has_them() -> None:
 def test_a_decode_step_runs_at_the_next_size_and_gives_its_tokens(rows: int, size: int) -> None:
     graphs = step_graphs()
     shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=False)
-    assert shape is not None
     graphs.send(shape, {"ids": np.arange(rows)})
     tokens = graphs.run(shape).tolist()
     assert tokens == [id * 1000 + size for id in [*range(rows), *[FILL] * (size - rows)]]
@@ -124,7 +120,6 @@ def test_each_run_is_of_what_its_shape_was_sent_last() -> None:
     for _ in range(100):
         rows, shares_prefixes = int(rng.integers(1, 13)), bool(rng.integers(2))
         shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=shares_prefixes)
-        assert shape is not None
         shapes.add(shape)
         ids = rng.integers(0, 1000, rows)
         graphs.send(shape, {"ids": ids})
