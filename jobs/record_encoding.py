@@ -37,6 +37,10 @@ def encode_steps(events: Sequence[StepEvent], *, replica: int, attempt: int) -> 
         "padded_batch_size": [
             result.padded_batch_size if result.cuda_graph else size for result, size in zip(results, sizes, strict=True)
         ],
+        "padded_num_tokens": [
+            result.padded_tokens if result.cuda_graph else plan_tokens
+            for result, plan_tokens in zip(results, _sums(num_tokens, offsets).tolist(), strict=True)
+        ],
         "batch_size": sizes,
         "num_prefill_tokens": prefill_tokens,
         "num_decode_tokens": _sums(num_tokens, offsets) - prefill_tokens,

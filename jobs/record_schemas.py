@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
-"""Stands under `schema_version` in each file's metadata."""
+SCHEMA_VERSION = "2"
+"""Stands under `schema_version` in each file's metadata. 2 added steps.padded_num_tokens."""
 
 # In the order in which their parts are written: what a request refers to is on disk before the request is.
 TABLES = ("block_events", "steps", "requests")
@@ -27,6 +27,7 @@ STEPS = _table(
         ("forward_ms", pa.float64()),
         ("batch_size", pa.int32()),
         ("padded_batch_size", pa.int32()),
+        ("padded_num_tokens", pa.int32()),
         ("num_prefill_tokens", pa.int32()),
         ("num_decode_tokens", pa.int32()),
         ("num_cached_tokens", pa.int32()),

@@ -29,6 +29,7 @@ SPEC = {
     "steps": """
         replica int32, attempt int32, step int64, phase string, start_ns int64, end_ns int64, schedule_ms float64,
         prepare_ms float64, postprocess_ms float64, forward_ms float64, batch_size int32, padded_batch_size int32,
+        padded_num_tokens int32,
         num_prefill_tokens int32, num_decode_tokens int32, num_cached_tokens int32, num_waiting int32,
         num_running int32, num_preempted int32, num_finished int32, free_blocks int32, used_blocks int32,
         cached_blocks int32, cuda_graph bool, device_allocated_bytes int64, device_reserved_bytes int64,
@@ -116,7 +117,7 @@ def test_a_table_has_the_columns_and_types_of_the_contract_and_no_needless_null(
         versions = connection.execute(
             f"SELECT DISTINCT decode(value) FROM parquet_kv_metadata('{glob}') WHERE decode(key) = 'schema_version'"
         ).fetchall()
-    assert versions == [("1",)]
+    assert versions == [("2",)]
     assert nulls is not None
     assert {name for (name, _), count in zip(expected, nulls, strict=True) if count} <= MAY_BE_NULL
 
@@ -153,7 +154,7 @@ def test_steps_have_no_gap_and_their_numbers_agree(steps: list[Row]):
         lists = ("seq_num_tokens", "seq_context_lens", "seq_cached_tokens", "seq_sampled")
         assert {len(step[name]) for name in lists} == {step["batch_size"]} == {len(step["seq_ids"])}, who
         assert len(set(step["seq_ids"])) == step["batch_size"] == step["padded_batch_size"], who
-        assert sum(tokens) == step["num_prefill_tokens"] + decodes <= 70, who
+        assert sum(tokens) == step["num_prefill_tokens"] + decodes == step["padded_num_tokens"] <= 70, who
         assert tokens[:decodes] == [1] * decodes, f"{who}: rows that decode come first"
         phase = ("prefill", "mixed")[decodes > 0] if step["num_prefill_tokens"] else "decode"
         assert step["phase"] == phase, who

@@ -57,6 +57,7 @@ CONTRACT = {
     "steps": """
         replica int32, attempt int32, step int64, phase string, start_ns int64, end_ns int64, schedule_ms double,
         prepare_ms double, postprocess_ms double, forward_ms double, batch_size int32, padded_batch_size int32,
+        padded_num_tokens int32,
         num_prefill_tokens int32, num_decode_tokens int32, num_cached_tokens int32, num_waiting int32,
         num_running int32, num_preempted int32, num_finished int32, free_blocks int32, used_blocks int32,
         cached_blocks int32, cuda_graph bool, device_allocated_bytes int64, device_reserved_bytes int64,
@@ -132,7 +133,7 @@ def test_each_table_has_exactly_the_columns_of_the_contract(table: str, tmp_path
     (part,) = parts(tmp_path, table)
     schema = pq.read_schema(part)
     assert columns_of(schema) == contract_columns(table)
-    assert schema.metadata[b"schema_version"] == b"1"
+    assert schema.metadata[b"schema_version"] == b"2"
     assert schema == SCHEMAS[table]
 
 
@@ -153,6 +154,7 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
         prepare_ms=0.5,
         forward_ms=7.25,
         padded_batch_size=8,
+        padded_tokens=64,
         cuda_graph=True,
         logits_rows=4,
         device_allocated_bytes=5_000_000_000,
@@ -186,6 +188,7 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
             "forward_ms": 7.25,
             "batch_size": 4,
             "padded_batch_size": 8,
+            "padded_num_tokens": 64,
             "num_prefill_tokens": 51,
             "num_decode_tokens": 2,
             "num_cached_tokens": 32,
@@ -213,13 +216,15 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
     ]
 
 
-def test_without_a_cuda_graph_the_padded_size_is_the_batchs(tmp_path: Path):
+def test_without_a_cuda_graph_the_padded_sizes_are_the_batchs(tmp_path: Path):
     recorder = ParquetRecorder(tmp_path)
     schedule, step = decode_step(0, num_rows=3)
     recorder.on_schedule(schedule)
     recorder.on_step(step)
     recorder.close()
-    assert read_records(tmp_path, "steps").column("padded_batch_size").to_pylist() == [3]
+    assert read_records(tmp_path, "steps").select(["padded_batch_size", "padded_num_tokens"]).to_pylist() == [
+        {"padded_batch_size": 3, "padded_num_tokens": 3}
+    ]
 
 
 def test_block_events_come_back_with_their_nulls_and_the_step_they_belong_to(tmp_path: Path):
