@@ -18,11 +18,11 @@ not, and a kernel between two of them loses by taking part (NOTES.md)."""
 
 def dependent_launch(device: torch.device, num_rows: int = 0) -> dict[str, bool]:
     """Launch options of a kernel over `num_rows` rows; 0 for one that takes part whatever the rows."""
-    return _TAKES_PART if num_rows <= FEW_ROWS and _can_overlap(device) else _STANDS_ALONE
+    return _TAKES_PART if num_rows <= FEW_ROWS and _can_overlap(device) else STANDS_ALONE
 
 
 _TAKES_PART = {"PDL": True, "launch_pdl": True}
-_STANDS_ALONE = {"PDL": False}
+STANDS_ALONE = {"PDL": False}
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, PrefillWork
-from kernels.launch import dependent_launch, overlap_next, wait_for_previous
+from kernels.launch import STANDS_ALONE, dependent_launch, overlap_next, wait_for_previous
 from kernels.paged_decode_attention import num_programs
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
@@ -26,6 +26,10 @@ class PrefillTuning:
     num_warps: int = 8
     num_stages: int = 3
     programs_per_sm: int = 1
+    registers: int | None = None
+    """Of a thread, at most."""
+    dependent: bool = True
+    """Whether it takes part in programmatic dependent launch."""
 
 
 def prefill_tuning(dtype: torch.dtype, head_size: int) -> PrefillTuning:
@@ -82,7 +86,8 @@ def paged_prefill_attention(
         STAGES=tuning.num_stages,
         PRECISION=dot_precision(q.dtype),
         num_warps=tuning.num_warps,
-        **dependent_launch(q.device),
+        maxnreg=tuning.registers,
+        **(dependent_launch(q.device) if tuning.dependent else STANDS_ALONE),
     )
 
 

@@ -36,8 +36,14 @@ class TritonAttention:
     """This project's kernels."""
 
     def __init__(self) -> None:
-        from kernels import paged_decode_attention, paged_prefill_attention, shared_prefix_attention
+        from kernels import (
+            mixed_attention,
+            paged_decode_attention,
+            paged_prefill_attention,
+            shared_prefix_attention,
+        )
 
+        self._mixed = mixed_attention.mixed_attention
         self._decode = paged_decode_attention.paged_decode_attention
         self._prefix = shared_prefix_attention.shared_prefix_attention
         self._prefill = paged_prefill_attention.paged_prefill_attention
@@ -45,13 +51,16 @@ class TritonAttention:
     def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, layer: int, scale: float, out: Tensor
     ) -> None:
-        tables = meta.block_tables
-        if (decode := meta.decode_work) is not None:
+        caches = k_cache, v_cache, meta.block_tables
+        decode, prefill = meta.decode_work, meta.prefill_work
+        if decode is not None and prefill is not None:
+            self._mixed(q, *caches, decode, prefill, layer, scale, out)
+        elif decode is not None:
             if decode.shares_prefixes:
-                self._prefix(q, k_cache, v_cache, tables, decode, scale)
-            self._decode(q, k_cache, v_cache, tables, decode, layer, scale, out)
-        if meta.prefill_work is not None:
-            self._prefill(q, k_cache, v_cache, tables, meta.prefill_work, layer, scale, out)
+                self._prefix(q, *caches, decode, scale)
+            self._decode(q, *caches, decode, layer, scale, out)
+        elif prefill is not None:
+            self._prefill(q, *caches, prefill, layer, scale, out)
 
 
 class FlashAttention:

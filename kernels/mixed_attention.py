@@ -1,0 +1,61 @@
+"""Attention of a step in which some rows decode and others prefill: both kernels on the device at the same time.
+
+Decoding waits for memory and prefilling for the matrix units, so side by side they take little longer than the longer
+one alone. For that, both must fit on a multiprocessor: its registers and shared memory are shared out here.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kernels.attention_work import DecodeWork, PrefillWork
+from kernels.paged_decode_attention import DecodeTuning, paged_decode_attention
+from kernels.paged_prefill_attention import PrefillTuning, paged_prefill_attention
+from kernels.shared_prefix_attention import shared_prefix_attention
+
+DECODE = DecodeTuning(programs_per_sm=2, dependent=False, max_registers=168)
+PREFILL = PrefillTuning(registers=168, dependent=False)
+"""256 threads beside twice 64 of DECODE, of 168 registers each: 64,512 of 65,536; 128 KiB beside twice 37 of 227."""
+
+
+def mixed_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    decode: DecodeWork,
+    prefill: PrefillWork,
+    layer: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Write to contiguous `out` [T, Q, H] the attention of queries [T, Q, H] over what `decode` and `prefill` say.
+
+    See paged_decode_attention and paged_prefill_attention for the rest.
+    """
+    caches = k_cache, v_cache, block_tables
+    if not _side_by_side(q):
+        if decode.shares_prefixes:
+            shared_prefix_attention(q, *caches, decode, scale)
+        paged_decode_attention(q, *caches, decode, layer, scale, out)
+        paged_prefill_attention(q, *caches, prefill, layer, scale, out)
+        return
+    here, aside = torch.cuda.current_stream(q.device), _side_stream(q.device)
+    aside.wait_stream(here)
+    paged_prefill_attention(q, *caches, prefill, layer, scale, out, PREFILL)
+    with torch.cuda.stream(aside):
+        if decode.shares_prefixes:
+            shared_prefix_attention(q, *caches, decode, scale)
+        paged_decode_attention(q, *caches, decode, layer, scale, out, DECODE)
+    here.wait_stream(aside)
+
+
+def _side_by_side(q: Tensor) -> bool:
+    """Whether the kernels, in the sizes above, are made for such queries."""
+    return q.is_cuda and q.dtype != torch.float32 and q.shape[2] <= 128
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
