@@ -121,6 +121,7 @@ WORKLOADS = {
         draw=_equal(4096, 512, 8),
         longest=(512, 8),
         max_num_seqs=1024,
+        max_num_batched_tokens=16384,
         counts_input=True,
     ),
     "shared": WorkloadKind(

@@ -15,16 +15,17 @@ class DecodeWork(NamedTuple):
     """
 
     items: Tensor
-    """[capacity, ITEM_FIELDS]: (row of q, row of the block tables, first token, end token, partial or -1, the row's
-    first partial, partials of its shared prefix, partials of its items). A row with one item has -1: the item goes on
-    from the prefix's partials, if there are any, and writes the row's output. Of other rows each item writes one
-    partial, and the item that is done last adds up all of the row's."""
+    """[capacity, ITEM_FIELDS]: (row of q, row of the block tables, first token, end token, partial or -1, first partial
+    to go on from, number of these). A row with one item has -1: the item goes on from the partials of the row's shared
+    prefix, if it has one, and writes the row's output. Of other rows each item writes one partial."""
     num_items: Tensor
     """[1]"""
     counters: Tensor
     """[layers], zeros: programs draw their items from their layer's counter."""
-    arrived: Tensor
-    """[rows of q * KV heads], zeros, and zeros again when the kernel ends: how many of a row's items have written."""
+    merges: Tensor
+    """[rows, 4]: (row of q, first partial, number of partials) of the other rows."""
+    num_merges: Tensor
+    """[1]"""
     prefix_items: Tensor
     """[capacity, ITEM_FIELDS]: (row of the block tables, first member, members, first token, end token, chunk)."""
     num_prefix_items: Tensor

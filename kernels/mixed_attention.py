@@ -15,7 +15,7 @@ from kernels.paged_prefill_attention import PrefillTuning, paged_prefill_attenti
 from kernels.shared_prefix_attention import shared_prefix_attention
 
 DECODE = DecodeTuning(programs_per_sm=2, dependent=False, max_registers=168)
-PREFILL = PrefillTuning(registers=168, dependent=False)
+PREFILL = PrefillTuning(dependent=False)
 """256 threads beside twice 64 of DECODE, of 168 registers each: 64,512 of 65,536; 128 KiB beside twice 37 of 227."""
 
 
@@ -35,9 +35,9 @@ def mixed_attention(
     See paged_decode_attention and paged_prefill_attention for the rest.
     """
     caches = k_cache, v_cache, block_tables
+    if decode.shares_prefixes:  # whose kernel does not fit beside the others, and is needed first
+        shared_prefix_attention(q, *caches, decode, scale)
     if not _side_by_side(q):
-        if decode.shares_prefixes:
-            shared_prefix_attention(q, *caches, decode, scale)
         paged_decode_attention(q, *caches, decode, layer, scale, out)
         paged_prefill_attention(q, *caches, prefill, layer, scale, out)
         return
@@ -45,8 +45,6 @@ def mixed_attention(
     aside.wait_stream(here)
     paged_prefill_attention(q, *caches, prefill, layer, scale, out, PREFILL)
     with torch.cuda.stream(aside):
-        if decode.shares_prefixes:
-            shared_prefix_attention(q, *caches, decode, scale)
         paged_decode_attention(q, *caches, decode, layer, scale, out, DECODE)
     here.wait_stream(aside)
 

@@ -6,7 +6,6 @@ at which K and V are read once.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, DecodeWork
 from kernels.launch import STANDS_ALONE, dependent_launch, overlap_next, wait_for_previous
-from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, prefetch, row_offsets, softmax_step, tile_offsets
+from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
-_PARTS = tl.constexpr(4)
-"""Partials that are added up at once."""
+PARTS = 16
+"""Partials of a row that are added up at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +31,10 @@ class DecodeTuning:
     num_warps: int = 2
     num_stages: int = 3
     programs_per_sm: int = 6
-    prefetch: int = 64
-    """Tokens of a program's first item that are asked for before the kernel before this one has ended."""
-
-    dependent: bool = True
-    """Whether it takes part in programmatic dependent launch."""
 
     max_registers: int = 255
+    dependent: bool = True
+    """Whether it takes part in programmatic dependent launch."""
 
     @property
     def registers(self) -> int:
@@ -50,7 +46,7 @@ def decode_tuning(dtype: torch.dtype, head_size: int, num_rows: int) -> DecodeTu
     """What was measured fastest for steps of so many rows."""
     if dtype == torch.float32 or head_size > 128:
         return DecodeTuning(num_warps=4, num_stages=2, programs_per_sm=2)
-    if 32 < num_rows <= 256:
+    if num_rows <= 256:
         return DecodeTuning(tile=64, num_warps=4, programs_per_sm=3)
     return DecodeTuning()
 
@@ -70,7 +66,6 @@ def paged_decode_attention(
 
     Queries are contiguous but for the first dimension. Caches are [blocks, K, S, H], `block_tables` int32 [table rows,
     W]. Rows that `work` does not name are not written. Prefix items must have run (shared_prefix_attention.py).
-    Launches that share `work` run one after the other.
     """
     assert k_cache.stride() == v_cache.stride()
     num_q_heads, head_size = q.shape[1:]
@@ -88,7 +83,6 @@ def paged_decode_attention(
         work.items,
         work.num_items,
         work.counters[layer:],
-        work.arrived,
         scale * LOG2_E,
         q.stride(0),
         block_tables.stride(0),
@@ -102,11 +96,30 @@ def paged_decode_attention(
         STAGES=tuning.num_stages,
         PRECISION=dot_precision(q.dtype),
         HAS_PREFIXES=work.shares_prefixes,
-        PREFETCH=tuning.prefetch,
-        STRETCH=math.gcd(tuning.prefetch, block_size),
         num_warps=tuning.num_warps,
-        maxnreg=tuning.registers,
+        maxnreg=tuning.registers if work.shares_prefixes else None,  # without, as few without being told
         **(dependent_launch(q.device) if tuning.dependent else STANDS_ALONE),
+    )
+    merge_partials(out, work, num_kv_heads)
+
+
+def merge_partials(out: Tensor, work: DecodeWork, num_kv_heads: int) -> None:
+    """Write to out [B, Q, H] the rows that have partials."""
+    num_q_heads, head_size = out.shape[1:]
+    group = num_q_heads // num_kv_heads
+    grid = min(len(out) * num_kv_heads, num_programs(out.device) * 4)
+    _merge[(grid,)](
+        out,
+        work.partial_out,
+        work.partial_lse,
+        work.merges,
+        work.num_merges,
+        NUM_KV=num_kv_heads,
+        GROUP=group,
+        GROUP_ROWS=triton.next_power_of_2(group),
+        HEAD_SIZE=head_size,
+        PARTS=PARTS,
+        num_warps=4,
     )
 
 
@@ -128,7 +141,6 @@ def _decode(
     items_ptr,
     num_items_ptr,
     counter_ptr,
-    arrived_ptr,
     scale,
     q_stride,
     table_stride,
@@ -142,8 +154,6 @@ def _decode(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_PREFIXES: tl.constexpr,
-    PREFETCH: tl.constexpr,  # tokens of the first item, asked for before the kernel before has ended
-    STRETCH: tl.constexpr,  # of so many tokens each, which lie side by side
     PDL: tl.constexpr,
 ):
     overlap_next(PDL)
@@ -159,13 +169,6 @@ def _decode(
     next_index = 2 * programs - 1 - index
     row, slot, start, end, partial = _item(items_ptr, index, num_work, NUM_KV)
     blocks = _first_blocks(tables_ptr, slot, table_stride, start, end, TILE, BLOCK_SIZE)
-    if PDL and PREFETCH > 0:
-        first_table_ptr = tables_ptr + slot.to(tl.int64) * table_stride
-        early = start + tl.arange(0, PREFETCH // STRETCH) * STRETCH
-        early_blocks = block_ids(first_table_ptr, early, end, BLOCK_SIZE)
-        early_at = row_offsets(early_blocks, early, index % NUM_KV, block_stride, BLOCK_SIZE, HEAD_SIZE)
-        prefetch(k_ptr + early_at, STRETCH * HEAD_SIZE)
-        prefetch(v_ptr + early_at, STRETCH * HEAD_SIZE)
     wait_for_previous(PDL)
     while index < num_work:
         drawn = tl.atomic_add(counter_ptr, 1) + 2 * programs
@@ -181,15 +184,11 @@ def _decode(
         if HAS_PREFIXES:
             item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
             before = tl.load(item_ptr + 5)
-            for i in tl.range(0, tl.where(partial < 0, tl.load(item_ptr + 6), 0)):
+            for i in tl.range(0, tl.load(item_ptr + 6)):
                 at = (before + i).to(tl.int64) * NUM_Q
                 lse = tl.load(partial_lse_ptr + at + q_head, mask=group_row < GROUP, other=0.0)
                 part = tl.load(partial_out_ptr + at * HEAD_SIZE + place, mask=row_mask, other=0.0)
-                new_best = tl.maximum(best, lse)
-                decay, weight = tl.exp2(best - new_best), tl.exp2(lse - new_best)
-                total = total * decay + weight
-                out = out * decay[:, None] + part * weight[:, None]
-                best = new_best
+                best, total, out = _add_partial(best, total, out, lse, part)
         # The block ids of a tile are read while the tile before it is at work: with the ids' read inside its own
         # iteration the pipeline would hold one tile, whatever the number of stages.
         for first in tl.range(start, end, TILE, num_stages=STAGES):
@@ -208,18 +207,10 @@ def _decode(
             out_at = row.to(tl.int64) * (NUM_Q * HEAD_SIZE) + place
             tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=row_mask)
         else:
-            at = partial.to(tl.int64) * NUM_Q
-            tl.store(partial_out_ptr + at * HEAD_SIZE + place, out, mask=row_mask)
-            tl.store(partial_lse_ptr + at + q_head, best + tl.log2(total), mask=group_row < GROUP)
-            item_ptr = items_ptr + (index // NUM_KV) * _FIELDS
-            own = tl.load(item_ptr + 7)
-            arrived_at = arrived_ptr + row * NUM_KV + head
-            tl.debug_barrier()  # all threads' stores come before the count, and so before what the last one reads
-            if tl.atomic_add(arrived_at, 1, sem="acq_rel") == own - 1:
-                first, count = tl.load(item_ptr + 5), tl.load(item_ptr + 6) + own
-                to_ptr = out_ptr + row.to(tl.int64) * (NUM_Q * HEAD_SIZE)
-                _merge(to_ptr, partial_out_ptr, partial_lse_ptr, first, count, head, NUM_Q, GROUP, HEAD_SIZE)
-                tl.store(arrived_at, 0)
+            out_at = partial.to(tl.int64) * (NUM_Q * HEAD_SIZE) + place
+            tl.store(partial_out_ptr + out_at, out, mask=row_mask)
+            lse = best + tl.log2(total)
+            tl.store(partial_lse_ptr + partial.to(tl.int64) * NUM_Q + q_head, lse, mask=group_row < GROUP)
         index, next_index = next_index, drawn
         row, slot, start, end, partial = next_row, next_slot, next_start, next_end, next_partial
 
@@ -244,41 +235,56 @@ def _item(items_ptr, index, num_work, NUM_KV: tl.constexpr):
 
 
 @triton.jit
+def _add_partial(best, total, out, lse, part):
+    """Weigh a partial by its share of the softmax's sum."""
+    new_best = tl.maximum(best, lse)
+    decay, weight = tl.exp2(best - new_best), tl.exp2(lse - new_best)
+    return new_best, total * decay + weight, out * decay[:, None] + part * weight[:, None]
+
+
+@triton.jit
 def _merge(
     out_ptr,
     partial_out_ptr,
     partial_lse_ptr,
-    first,
-    count,
-    head,
-    NUM_Q: tl.constexpr,
+    merges_ptr,
+    num_merges_ptr,
+    NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Write to a row of the output what its partials add up to, in their order; of one KV head's queries.
+    """Add up a row's partials in the order of the tokens, PARTS at a time: their reads wait once.
 
-    What other programs wrote is in the L2; the L1 may hold what stood there before.
+    No part of dependent launch: its programs would be there early, and hold back the decode kernel's (NOTES.md).
     """
-    GROUP_ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
-    part = tl.arange(0, _PARTS)
+    NUM_Q: tl.constexpr = NUM_KV * GROUP
+    part = tl.arange(0, PARTS)
     group_row = tl.arange(0, GROUP_ROWS)
     row_mask = group_row < GROUP
-    q_head = head * GROUP + group_row
-    place = q_head[:, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :]
-    best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_ROWS], tl.float32)
-    out = tl.zeros([GROUP_ROWS, HEAD_SIZE], tl.float32)
-    for i in tl.range(0, count, _PARTS):
-        live = (i + part < count)[:, None] & row_mask[None, :]
-        at = (first + i + part).to(tl.int64) * NUM_Q
-        lse_at = partial_lse_ptr + at[:, None] + q_head[None, :]
-        lse = tl.load(lse_at, mask=live, other=float("-inf"), cache_modifier=".cg")
-        value_at = partial_out_ptr + (at * HEAD_SIZE)[:, None, None] + place[None, :, :]
-        value = tl.load(value_at, mask=live[:, :, None], other=0.0, cache_modifier=".cg")
-        new_best = tl.maximum(best, tl.where(row_mask, tl.max(lse, 0), 0.0))
-        decay, weight = tl.exp2(best - new_best), tl.exp2(lse - new_best[None, :])
-        total = total * decay + tl.sum(weight, 0)
-        out = out * decay[:, None] + tl.sum(value * weight[:, :, None], 0)
-        best = new_best
-    out = out / tl.where(row_mask, total, 1.0)[:, None]
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+    num_work = tl.load(num_merges_ptr) * NUM_KV
+    for index in tl.range(tl.program_id(0), num_work, tl.num_programs(0)):
+        merge_ptr = merges_ptr + (index // NUM_KV) * 4
+        row = tl.load(merge_ptr)
+        first = tl.load(merge_ptr + 1)
+        count = tl.load(merge_ptr + 2)
+        q_head = (index % NUM_KV) * GROUP + group_row
+        place = q_head[:, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :]
+        best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+        out = tl.zeros([GROUP_ROWS, HEAD_SIZE], tl.float32)
+        for i in tl.range(0, count, PARTS):
+            live = (i + part < count)[:, None] & row_mask[None, :]
+            at = (first + i + part).to(tl.int64) * NUM_Q
+            lse = tl.load(partial_lse_ptr + at[:, None] + q_head[None, :], mask=live, other=float("-inf"))
+            value_at = partial_out_ptr + (at * HEAD_SIZE)[:, None, None] + place[None, :, :]
+            value = tl.load(value_at, mask=live[:, :, None], other=0.0)
+            new_best = tl.maximum(best, tl.where(row_mask, tl.max(lse, 0), 0.0))
+            decay, weight = tl.exp2(best - new_best), tl.exp2(lse - new_best[None, :])
+            total = total * decay + tl.sum(weight, 0)
+            out = out * decay[:, None] + tl.sum(value * weight[:, :, None], 0)
+            best = new_best
+        out = out / tl.where(row_mask, total, 1.0)[:, None]
+        out_at = row.to(tl.int64) * (NUM_Q * HEAD_SIZE) + place
+        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])

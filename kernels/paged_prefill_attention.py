@@ -26,7 +26,7 @@ class PrefillTuning:
     num_warps: int = 8
     num_stages: int = 3
     programs_per_sm: int = 1
-    registers: int | None = None
+    registers: int | None = 168
     """Of a thread, at most."""
     dependent: bool = True
     """Whether it takes part in programmatic dependent launch."""
@@ -34,7 +34,7 @@ class PrefillTuning:
 
 def prefill_tuning(dtype: torch.dtype, head_size: int) -> PrefillTuning:
     if dtype == torch.float32 or head_size > 128:
-        return PrefillTuning(rows=32, tile=32, num_warps=4, num_stages=2)
+        return PrefillTuning(rows=32, tile=32, num_warps=4, num_stages=2, registers=None)
     return PrefillTuning()
 
 

@@ -24,42 +24,10 @@ def block_ids(table_ptr, position, end, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(blocks, position, head, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """Offsets [TILE] at which one head's keys or values of tokens begin in a cache."""
-    return blocks.to(tl.int64) * block_stride + (head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_SIZE
-
-
-@triton.jit
 def tile_offsets(blocks, position, head, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """Offsets [TILE, H] of one head's keys or values in a cache."""
-    row = row_offsets(blocks, position, head, block_stride, BLOCK_SIZE, HEAD_SIZE)
+    row = blocks.to(tl.int64) * block_stride + (head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_SIZE
     return row[:, None] + tl.arange(0, HEAD_SIZE)[None, :]
-
-
-@triton.jit
-def prefetch(ptr, COUNT: tl.constexpr):
-    """Ask for the COUNT values at each of `ptr` [N], a multiple of 16 bytes, to be read into the L2; on a GPU alone.
-
-    A line that an earlier kernel still writes is up to date there all the same. The instruction takes one address at a
-    time; thread i alone gives it the i-th, which several threads hold.
-    """
-    number = tl.arange(0, ptr.shape[0])
-    num_bytes: tl.constexpr = COUNT * (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        """
-        {
-        .reg .pred mine;
-        mov.u32 $0, %tid.x;
-        setp.eq.u32 mine, $0, $2;
-        @mine cp.async.bulk.prefetch.L2.global [$1], $3;
-        }
-        """,
-        "=&r,l,r,r",
-        [ptr.to(tl.int64), number, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Attention of sequences that share their leading blocks over that prefix, which is read once for all of them.
 
 The first level of Hydragen (arXiv 2402.05099) and of cascade inference: queries of many sequences meet the shared keys
-in one matrix product; paged_decode_attention joins the result with each sequence's own tokens, exactly.
+in one matrix product; merge_partials joins the result with each sequence's own tokens, exactly.
 """
 
 from dataclasses import dataclass

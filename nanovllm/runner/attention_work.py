@@ -18,7 +18,7 @@ from nanovllm.runner.shared_prefixes import PrefixGroup, find_groups
 from nanovllm.runner.step_graphs import StepShape
 from nanovllm.runner.uploads import Padding
 
-_ITEMS, _PREFIX_ITEMS, _PREFILL_ITEMS = range(3)
+_ITEMS, _MERGES, _PREFIX_ITEMS, _PREFILL_ITEMS = range(4)
 """Where `work_counts` says how many there are of each."""
 
 
@@ -52,14 +52,13 @@ class AttentionWork:
         shape = (num_partials, c.num_attention_heads, c.head_dim)
         self._partial_out = torch.empty(shape, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(max_num_seqs * c.num_key_value_heads, dtype=torch.int32, device=device)
         self._seq_ids = np.empty(0, np.int64)
         self._groups: list[PrefixGroup] = []
 
     def arrays(self, plan: Plan, tables: np.ndarray, context_lens: np.ndarray) -> dict[str, np.ndarray]:
         """The plan's work lists; `tables` are all slots', `context_lens` the rows'."""
         decodes = plan.num_decodes
-        counts = np.zeros(3, np.int32)
+        counts = np.zeros(4, np.int32)
         # Of the decode kernel, then of the prefill kernel, one for each layer.
         arrays = {"work_counts": counts, "counters": np.zeros(2 * self._num_layers, np.int32)}
         if decodes < plan.num_rows:
@@ -73,8 +72,9 @@ class AttentionWork:
             if self.finds_prefixes:
                 self._find_prefixes(plan.seq_ids[:decodes], slots, tables, lens)
             work = share_out(slots, lens, self._groups, self._block_size, self._limits)
-            counts[_ITEMS], counts[_PREFIX_ITEMS] = len(work.items), len(work.prefix_items)
-            arrays["items"] = work.items
+            counts[_ITEMS], counts[_MERGES] = len(work.items), len(work.merges)
+            counts[_PREFIX_ITEMS] = len(work.prefix_items)
+            arrays |= {"merges": work.merges, "items": work.items}
             if len(work.prefix_items):
                 arrays["prefix_items"] = work.prefix_items
                 arrays["members"], arrays["member_partials"] = work.members, work.member_partials
@@ -87,7 +87,8 @@ class AttentionWork:
             items=inputs["items"],
             num_items=counts[_ITEMS:],
             counters=inputs["counters"],
-            arrived=self._arrived,
+            merges=inputs["merges"],
+            num_merges=counts[_MERGES:],
             prefix_items=inputs.get("prefix_items", counts),
             num_prefix_items=counts[_PREFIX_ITEMS:],
             members=inputs.get("members", counts),
@@ -106,8 +107,9 @@ class AttentionWork:
         """Capacities for any step of the shape; the longest, `items`, last."""
         rows = min(shape.num_tokens, self._max_num_seqs)
         inputs = {
-            "work_counts": Padding(np.int32, (3,), 0),
+            "work_counts": Padding(np.int32, (4,), 0),
             "counters": Padding(np.int32, (2 * self._num_layers,), 0),
+            "merges": Padding(np.int32, (rows, 4), 0),
         }
         if shape.prefills:
             num_items = -(-shape.num_tokens // self._tokens_per_item) + rows

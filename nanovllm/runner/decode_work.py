@@ -49,6 +49,7 @@ class WorkArrays:
     """The arrays of kernels/attention_work.py, int32, without its scratch."""
 
     items: np.ndarray
+    merges: np.ndarray
     prefix_items: np.ndarray
     members: np.ndarray
     member_partials: np.ndarray
@@ -72,14 +73,18 @@ def share_out(
     sizes, counts = _chunks(own, limits)
     partials = prefix_chunks + np.where(counts > 1, counts, 0)
     first_partials = np.cumsum(partials) - partials
+    merged = np.flatnonzero(counts > 1)
+    merges = np.zeros((len(merged), 4), np.int32)
+    merges[:, 0], merges[:, 1], merges[:, 2] = merged, first_partials[merged], partials[merged]
     items = _items(slots, starts, own, sizes, counts, first_partials, prefix_chunks)
     if not plans:
         empty = np.empty(0, np.int32)
         no_items = np.empty((0, ITEM_FIELDS), np.int32)
-        return WorkArrays(items=items, prefix_items=no_items, members=empty, member_partials=empty)
+        return WorkArrays(items=items, merges=merges, prefix_items=no_items, members=empty, member_partials=empty)
     members = np.concatenate([group.rows for group, _, _ in plans]).astype(np.int32)
     return WorkArrays(
         items=items,
+        merges=merges,
         prefix_items=_prefix_items(plans, slots, block_size, limits.members_per_item),
         members=members,
         member_partials=first_partials[members].astype(np.int32),
@@ -122,7 +127,7 @@ def _items(
     several = counts[rows] > 1
     items[:, 4] = np.where(several, first_partials[rows] + prefix_chunks[rows] + chunk, -1)
     items[:, 5] = first_partials[rows]
-    items[:, 6], items[:, 7] = prefix_chunks[rows], np.where(several, counts[rows], 0)
+    items[:, 6] = np.where(several, 0, prefix_chunks[rows])
     most = np.iinfo(np.uint16).max  # 16-bit keys are sorted by radix
     order = np.argsort((most - np.minimum(length, most)).astype(np.uint16), kind="stable")
     return items[order]

@@ -15,7 +15,6 @@ def attend(paged: Paged, q: torch.Tensor, num_programs: int) -> torch.Tensor:
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=DEVICE)
     args = paged.k_cache, paged.v_cache, paged.tables, work, 1, q.shape[2] ** -0.5
     paged_decode_attention(q.to(DEVICE), *args, out)
-    assert not work.arrived.any(), "the next launch would merge too early"
     return out
 
 

@@ -168,9 +168,10 @@ def test_the_work_fits_what_the_device_has_room_for(any_case: Case) -> None:
     work, rows = any_case.work, len(any_case.contexts)
     assert len(work.items) <= any_case.limits.items(rows)
     assert len(work.prefix_items) <= any_case.limits.prefix_items(rows)
+    assert len(work.merges) <= rows
     assert len(work.members) == len(work.member_partials) <= rows
     assert max(written_partials(any_case), default=0) < any_case.limits.partials(rows)
-    for array in (work.items, work.prefix_items, work.members, work.member_partials):
+    for array in (work.items, work.merges, work.prefix_items, work.members, work.member_partials):
         assert array.dtype == np.int32
     assert work.items.shape[1] == work.prefix_items.shape[1] == ITEM_FIELDS
 
@@ -186,19 +187,21 @@ def test_no_two_results_have_the_same_partial(any_case: Case) -> None:
 def test_a_row_with_one_item_goes_on_from_its_prefix_and_others_are_merged(any_case: Case) -> None:
     work, of_prefix = any_case.work, prefix_partials(any_case)
     num_items = Counter(work.items[:, 0].tolist())
+    merges = {row: (first, count) for row, first, count, _ in work.merges.tolist()}
+    assert len(merges) == len(work.merges), "a row is merged twice"
+    assert merges.keys() == {row for row, count in num_items.items() if count > 1}
     own: dict[int, list[int]] = {}
-    merged: dict[int, set[tuple[int, int]]] = {}
-    for row, partial, first, num_prefix, num_own in work.items[:, [0, 4, 5, 6, 7]].tolist():
-        assert list(range(first, first + num_prefix)) == [partial for partial, _ in of_prefix.get(row, [])]
+    for row, partial, goes_on_from, goes_on_for in work.items[:, [0, 4, 5, 6]].tolist():
+        prefix = [partial for partial, _ in of_prefix.get(row, [])]
         if num_items[row] == 1:
-            assert (partial, num_own) == (-1, 0)
+            assert partial == -1
+            assert list(range(goes_on_from, goes_on_from + goes_on_for)) == prefix
         else:
             own.setdefault(row, []).append(partial)
-            merged.setdefault(row, set()).add((first + num_prefix, num_own))
-    for row, partials in own.items():
-        ((first, count),) = merged[row]
-        assert count == num_items[row], f"row {row}: its items wait for {count} of {num_items[row]}"
-        assert sorted(partials) == list(range(first, first + count))
+            assert goes_on_for == 0, f"row {row} is merged, and its items count the prefix as well"
+    for row, (first, count) in merges.items():
+        prefix = [partial for partial, _ in of_prefix.get(row, [])]
+        assert list(range(first, first + count)) == prefix + sorted(own[row])
 
 
 def test_every_row_reads_each_of_its_tokens_once(any_case: Case) -> None:
@@ -212,14 +215,11 @@ def test_every_row_reads_each_of_its_tokens_once(any_case: Case) -> None:
             assert of_row == row
             read.setdefault(row, []).append(piece)
 
-    merged = {}
-    for row, _, first, end, partial, first_partial, num_prefix, num_own in any_case.work.items.tolist():
+    for row, _, first, end, partial, goes_on_from, goes_on_for in any_case.work.items[:, :7].tolist():
         if partial < 0:
             read.setdefault(row, []).append((first, end))
-            join(row, first_partial, num_prefix)
-        else:
-            merged[row] = first_partial, num_prefix + num_own
-    for row, (first, count) in merged.items():
+            join(row, goes_on_from, goes_on_for)
+    for row, first, count, _ in any_case.work.merges.tolist():
         join(row, first, count)
     assert sorted(read) == list(range(len(any_case.contexts)))
     for row, pieces in read.items():

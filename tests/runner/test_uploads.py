@@ -71,7 +71,7 @@ INPUTS = {
     "ids": Padding(np.int64, (24,), -7),
     "positions": Padding(np.int32, (24,), 0),
     "counts": Padding(np.int32, (4,), 0),
-    "groups": Padding(np.int32, (9, 3), -1),
+    "merges": Padding(np.int32, (9, 3), -1),
     "items": Padding(np.int32, (50, 8), 0),
 }
 LAST = "items"
