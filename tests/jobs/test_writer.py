@@ -56,7 +56,7 @@ def parquet_records(path: Path) -> list[dict]:
 
 def test_a_generation_is_one_line_with_the_columns_of_the_contract(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, keep=["answer", "missing"]) as writer:
-        writer.write(generation(4, 1, id="ä", text="Grüße \u2028 😀\n\x00", columns={"answer": [1, None], "other": 1}))
+        write(writer, generation(4, 1, id="ä", text="Grüße \u2028 😀\n\x00", columns={"answer": [1, None], "other": 1}))
         output = writer.finish()
     line = output.path.read_bytes()
     (record,) = records(output.path)
@@ -85,7 +85,7 @@ def test_a_generation_is_one_line_with_the_columns_of_the_contract(tmp_path: Pat
 
 def test_text_may_be_null_and_nan_becomes_null(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, keep=["x"]) as writer:
-        writer.write(generation(0, text=None, columns={"x": float("nan")}))
+        write(writer, generation(0, text=None, columns={"x": float("nan")}))
         (record,) = records(writer.finish().path)
     assert (record["text"], record["x"]) == (None, None)
 
@@ -96,7 +96,7 @@ def test_rows_stand_in_input_order_however_they_finished(tmp_path: Path, format:
     finished = random.Random(0).sample(keys, len(keys))
     with GenerationWriter(tmp_path, format) as writer:
         for position, (row, sample) in enumerate(finished):
-            writer.write(generation(row, sample, text="x" * (position % 50)))
+            write(writer, generation(row, sample, text="x" * (position % 50)))
             if position % 7 == 0:
                 writer.flush()
         output = writer.finish()
@@ -111,7 +111,7 @@ def test_finished_rows_can_be_read_while_the_job_runs(tmp_path: Path) -> None:
     partial = tmp_path / "generations.partial.jsonl"
     with GenerationWriter(tmp_path, "parquet") as writer:
         for number, row in enumerate([5, 3, 4]):
-            writer.write(generation(row))
+            write(writer, generation(row))
             assert writer.num_flushed == number
             writer.flush()
             assert [record["row"] for record in records(partial)] == [5, 3, 4][: number + 1]
@@ -121,15 +121,15 @@ def test_finished_rows_can_be_read_while_the_job_runs(tmp_path: Path) -> None:
 
 def test_close_without_finish_leaves_everything_in_the_partial_file(tmp_path: Path) -> None:
     writer = GenerationWriter(tmp_path)
-    writer.write(generation(1))
+    write(writer, generation(1))
     writer.flush()
-    writer.write(generation(0))
+    write(writer, generation(0))
     writer.close()
     writer.close()
     assert [record["row"] for record in records(tmp_path / "generations.partial.jsonl")] == [1, 0]
     assert not (tmp_path / "generations.jsonl").exists()
     with pytest.raises(ValueError, match="is closed"):
-        writer.write(generation(2))
+        write(writer, generation(2))
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
@@ -151,14 +151,14 @@ def test_parquet_and_jsonl_have_the_same_content(tmp_path: Path) -> None:
         with GenerationWriter(tmp_path / format, format, keep) as writer:
             for row in range(1000):
                 kept = {"text_column": f"ü{row}", "number": row / 2, "flag": row % 2 == 0, "nothing": None}
-                writer.write(generation(999 - row, id=-row, text=None if row % 3 else "Ü", columns=kept))
+                write(writer, generation(999 - row, id=-row, text=None if row % 3 else "Ü", columns=kept))
             outputs.append(writer.finish().path)
     assert records(outputs[0]) == parquet_records(outputs[1])
 
 
 def test_parquet_columns_have_stable_types(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, "parquet") as writer:
-        writer.write(generation(0, id=1))
+        write(writer, generation(0, id=1))
         schema = pq.read_schema(writer.finish().path)
     types = [str(schema.field(name).type) for name in OWN]
     assert types == [
@@ -178,7 +178,7 @@ def test_parquet_columns_have_stable_types(tmp_path: Path) -> None:
 def test_parquet_ids_are_strings_as_soon_as_one_is(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, "parquet") as writer:
         for row, given in enumerate([12, "a", -3]):
-            writer.write(generation(row, id=given))
+            write(writer, generation(row, id=given))
         assert [record["id"] for record in parquet_records(writer.finish().path)] == ["12", "a", "-3"]
 
 
@@ -202,7 +202,7 @@ def test_a_kept_column_has_the_type_of_its_values_or_is_json(
 ) -> None:
     with GenerationWriter(tmp_path, "parquet", ["x"]) as writer:
         for row, value in enumerate(values):
-            writer.write(generation(row, columns={"x": value}))
+            write(writer, generation(row, columns={"x": value}))
         path = writer.finish().path
     assert str(pq.read_schema(path).field("x").type) == kind
     assert [record["x"] for record in parquet_records(path)] == expected
@@ -222,9 +222,9 @@ def test_a_kept_column_must_not_have_an_own_name(tmp_path: Path) -> None:
 def test_our_own_mistakes_are_found(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match="finish_reason='error'"):
-            writer.write(generation(0, finish_reason="error"))
+            write(writer, generation(0, finish_reason="error"))
         for sample in (0, 1, 0):
-            writer.write(generation(3, sample))
+            write(writer, generation(3, sample))
         with pytest.raises(ValueError, match="row 3, sample 0 was written twice"):
             writer.finish()
     assert len(records(tmp_path / "generations.partial.jsonl")) == 3
@@ -248,16 +248,16 @@ def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with GenerationWriter(tmp_path) as writer:
-        writer.write(generation(0))
+        write(writer, generation(0))
         writer.flush()
-        writer.write(generation(1))
-        writer.write(generation(2))
+        write(writer, generation(1))
+        write(writer, generation(2))
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space left"):
             writer.flush()
         monkeypatch.undo()
         assert writer.num_flushed == 1
-        for attempt in (writer.flush, writer.finish, lambda: writer.write(generation(3))):
+        for attempt in (writer.flush, writer.finish, lambda: write(writer, generation(3))):
             with pytest.raises(OSError, match="an earlier write failed"):
                 attempt()
     assert [record["row"] for record in records(tmp_path / "generations.partial.jsonl")] == [0]
@@ -272,7 +272,7 @@ def test_a_disk_that_fails_at_the_end_leaves_the_partial_file(
         raise OSError(errno.EIO, "Input/output error")
 
     with GenerationWriter(tmp_path, format) as writer:
-        writer.write(generation(0))
+        write(writer, generation(0))
         if name == "fsync":
             monkeypatch.setattr(os, "fsync", broken)
         else:
@@ -308,7 +308,7 @@ def test_the_final_file_is_on_the_disk_before_the_partial_one_is_removed(
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with GenerationWriter(run_dir) as writer:
-        writer.write(generation(0))
+        write(writer, generation(0))
         writer.finish()
     assert steps == [
         "fsync .generations.jsonl.tmp",
@@ -320,7 +320,7 @@ def test_the_final_file_is_on_the_disk_before_the_partial_one_is_removed(
 
 def test_a_partial_file_that_somebody_shortened_is_noticed(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path) as writer:
-        writer.write(generation(0))
+        write(writer, generation(0))
         writer.flush()
         os.truncate(tmp_path / "generations.partial.jsonl", 10)
         with pytest.raises(OSError, match="somebody has shortened it"):
@@ -334,7 +334,7 @@ def test_memory_stays_flat_over_100_000_rows(tmp_path: Path, format: str) -> Non
     order = [block * 100 + row for block in range(num_rows // 100) for row in reversed(range(100))]
     tracemalloc.start()
     for number, row in enumerate(order):
-        writer.write(generation(row, columns={"answer": "x"}))
+        write(writer, generation(row, columns={"answer": "x"}))
         if number % 8 == 7:
             writer.flush()
     written = tracemalloc.get_traced_memory()[0]
@@ -353,7 +353,7 @@ def test_failures_are_there_from_the_start_and_at_once(tmp_path: Path) -> None:
     path = tmp_path / "failures.jsonl"
     with FailureWriter(tmp_path) as failures:
         assert path.read_bytes() == b""
-        failures.write(failure(3, id="ä", reason="lone \ud800 in ü"))
+        write(failures, failure(3, id="ä", reason="lone \ud800 in ü"))
         assert records(path) == [
             {
                 "file": "in.jsonl",
@@ -371,7 +371,7 @@ def test_failures_stand_in_row_order_at_the_end(tmp_path: Path) -> None:
     rows = random.Random(0).sample(range(500), 300)
     with FailureWriter(tmp_path) as failures:
         for row in rows:
-            failures.write(failure(row, id=row))
+            write(failures, failure(row, id=row))
         assert [record["row"] for record in records(tmp_path / "failures.jsonl")] == rows
         output = failures.finish()
     assert [record["row"] for record in records(output.path)] == sorted(rows)
