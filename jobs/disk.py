@@ -152,7 +152,8 @@ def _link(beside: Path, path: Path) -> None:
 def _write_file(path: Path, write: Callable[[io.BufferedWriter], object], durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        with io.BufferedWriter(_Raw(descriptor), BUFFER_BYTES) as file:
+        raw: io.RawIOBase = _Raw(descriptor)
+        with io.BufferedWriter(raw, BUFFER_BYTES) as file:
             write(file)
         if durable:
             sync(descriptor)

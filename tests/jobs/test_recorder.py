@@ -27,7 +27,7 @@ import jobs.journal
 from jobs import disk
 from jobs.record_parts import PartWriter
 from jobs.record_schemas import SCHEMAS
-from jobs.recorder import ParquetRecorder, JournalError, read_records
+from jobs.recorder import JournalError, ParquetRecorder, read_records
 from nanovllm.engine.plan import StepResult
 from nanovllm.events import (
     ABORTED,
