@@ -23,12 +23,15 @@ from typing import Any
 import pyarrow.parquet  # noqa: F401  before the first fork
 
 import jobs.journal
-import jobs.record_parts  # noqa: F401
+import jobs.record_parts
 from jobs import disk
 from jobs.launch import launch
+from jobs.results import Results
 from jobs.writer import FailureWriter, GenerationWriter
 from tests.jobs.crash_check import Acks, Broken, check_after_crash, check_complete, ensure
-from tests.jobs.disk_faults import AFTER, BEFORE, MODES, TORN, CountingOs, FailingOs, KillingOs
+from tests.jobs.disk_faults import BEFORE, MODES, CountingOs, FailingOs, KillingOs
+from tests.jobs.durability_mutants import BY_NAME, SYNCS, TAILS
+from tests.jobs.power_loss import POLICIES, Ack, RecordingOs, acks_of, build
 from tests.jobs.scripted_job import SCRIPTED, without_attempt, words, write_input
 
 NUM_ROWS = 18
@@ -97,7 +100,7 @@ class Case:
         _tell(write_end, "failures", FailureWriter)
         self._mutate()
         if (self.directory / "manifest.json").exists():
-            code = launch(SCRIPTED, [f"resume={self.directory}"])
+            code = launch(SCRIPTED, [f"resume={self.directory}", "reader.max_failures=null"])
         else:
             code = launch(SCRIPTED, [*words(self.root / "rows.jsonl"), f"hydra.run.dir={self.directory}"])
         if not isinstance(faults, KillingOs | FailingOs):
@@ -198,7 +201,7 @@ def random_kills(num_kills: int = 20, seed: int = 0) -> dict[str, Any]:
 
 
 def failing_disk(stride: int = 1) -> dict[str, Any]:
-    """ENOSPC and EIO from the n-th call on: never a success, nothing acknowledged behind it, resumed to the same end."""
+    """ENOSPC and EIO from the n-th call on: never a success, nothing acknowledged then, resumed to the same end."""
     figures: Counter[str] = Counter()
     with cases() as (new_case, reference, num_calls):
         figures["calls"] = num_calls
@@ -221,10 +224,10 @@ def failing_disk(stride: int = 1) -> dict[str, Any]:
     return dict(figures)
 
 
-def torn_tails(stride: int = 1) -> dict[str, Any]:
+def torn_tails(stride: int = 1, mutate: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The last lines of both logs cut at every byte, and followed by garbage: acknowledged lines before stay."""
     figures: Counter[str] = Counter()
-    with cases() as (new_case, reference, num_calls):
+    with cases(mutate) as (new_case, reference, num_calls):
         whole = _stopped_late(new_case, num_calls, reference)
         for name in ("generations", "failures"):
             log = whole.directory / f"{name}.partial.jsonl"
@@ -233,16 +236,15 @@ def torn_tails(stride: int = 1) -> dict[str, Any]:
             ensure(len(lines) >= 2, f"{log.name} has {len(lines)} lines")
             kept = len(data) - sum(map(len, lines[-2:]))
             for cut in range(kept, len(data) + 1, stride):
-                for garbage in (b"", b"\0" * 50, b'{"row":1', lines[0][:-1] + b"\n"[:0]):
+                for garbage in (b"", b"\0" * 50, b'{"row":1', lines[0][:-9] + b'x"}\n'):
                     case = new_case()
                     shutil.copytree(whole.directory, case.directory)
                     torn = data[:cut] + garbage
                     (case.directory / log.name).write_bytes(torn)
-                    survivors = len(torn[: torn.rfind(b"\n") + 1].splitlines()) if not garbage else None
                     forgotten = [json.loads(line)["row"] for line in lines[-2:]]
                     case.acks = {k: v for k, v in whole.acks.items() if k[0] != name or k[1] not in forgotten}
                     _forget_counts(case.directory)
-                    with _named(f"{log.name} cut at {cut}, then {garbage[:10]!r} ({survivors})"):
+                    with _named(f"{log.name} cut at {cut}, then {garbage[:10]!r}"):
                         case.finish(reference)
                     figures["cases"] += 1
     return dict(figures)
@@ -269,6 +271,112 @@ def _forget_counts(directory: Path) -> None:
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
+def power_loss(states: int = 600, seed: int = 0, mutate: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """States that a loss of power may leave, of a run that broke off and was resumed: each is recovered, some resumed.
+
+    Recovery is Results, twice: the second must find what the first has left.
+    """
+    figures: Counter[str] = Counter()
+    rng = random.Random(seed)
+    with cases() as (new_case, reference, num_calls):
+        trace, directory = _recorded(new_case(), num_calls, mutate)
+        figures["operations"] = len(trace)
+        for number in range(states):
+            end = 1 + number * len(trace) // states if states >= len(trace) else rng.randint(1, len(trace))
+            policy = POLICIES[number % len(POLICIES)]
+            case = new_case()
+            with _named(f"state {number}: {policy} of what was not synced after {end} operations"):
+                _power_lost(case, trace[:end], policy, rng, directory, reference)
+                figures["acks"] += len(case.acks)
+                if number % 60 == 0:
+                    case.finish(reference)
+                    figures["resumed"] += 1
+            figures["states"] += 1
+    return dict(figures)
+
+
+def _recorded(case: Case, num_calls: int, mutate: Callable[[], None]) -> tuple[list[Any], Path]:
+    """What a run does to the disk that breaks off in its middle and is resumed, and where; in this very process."""
+    faults = RecordingOs()
+    disk.os = faults  # type: ignore[assignment]
+    before = (GenerationWriter.flush, FailureWriter.flush, jobs.journal.MAX_UNWRITTEN_BYTES, jobs.journal.WAKE_AT)
+    jobs.journal.MAX_UNWRITTEN_BYTES, jobs.journal.WAKE_AT = 1500, 1
+    for name, writer in ("generations", GenerationWriter), ("failures", FailureWriter):
+        _trace_acks(faults.trace, name, writer)
+    unmutated = {module: dict(vars(module)) for module in (disk,)}
+    mutate()
+    try:
+        with _silence():
+            given = [*words(case.root / "rows.jsonl"), "reader.max_failures=1", f"hydra.run.dir={case.directory}"]
+            codes = launch(SCRIPTED, given), launch(SCRIPTED, [f"resume={case.directory}", "reader.max_failures=null"])
+            ensure(codes == (1, COMPLETE), f"the attempts ended with {codes}")
+    finally:
+        for module, names in unmutated.items():
+            vars(module).update(names)
+        disk.os = os
+        GenerationWriter.flush, FailureWriter.flush = before[:2]
+        jobs.journal.MAX_UNWRITTEN_BYTES, jobs.journal.WAKE_AT = before[2:]
+    return faults.trace, case.directory
+
+
+def _trace_acks(trace: list[Any], name: str, writer: Any) -> None:
+    flush = writer.flush
+
+    def flush_and_note(self: Any) -> None:
+        lines = list(self.log._waiting)
+        flush(self)
+        trace.extend(Ack(name, line.row, line.line + b"\n") for line in lines)
+
+    writer.flush = flush_and_note
+
+
+def _power_lost(
+    case: Case, trace: list[Any], policy: str, rng: random.Random, ran_in: Path, reference: dict[str, bytes]
+) -> None:
+    build(trace, policy, rng, lambda path: case.directory / Path(path).relative_to(ran_in))
+    case.acks = acks_of(trace)
+    ensure(not case.acks or (case.directory / "manifest.json").exists(), "rows were acknowledged and the run is gone")
+    reference = {"generations.jsonl": reference["generations.jsonl"]}  # the other is there when a run breaks off, too
+    case.check(reference)
+    if (case.directory / "manifest.json").exists() and not (case.directory / "generations.jsonl").exists():
+        for _ in range(2):
+            with Results(case.directory, resumed=True) as results:
+                found = results.facts()
+            case.check(reference)
+        ensure(found["cut_bytes"] == 0, "a second recovery found something to cut off")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    kept = os.dup(1), os.dup(2)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, null):
+            os.close(descriptor)
+
+
+def mutants() -> dict[str, Any]:
+    """What catches each broken variant; null where nothing does."""
+    return {name: _caught(name) for name in BY_NAME}
+
+
+def _caught(name: str) -> str | None:
+    mutant = BY_NAME[name]
+    suite = power_loss if mutant in SYNCS else torn_tails if mutant in TAILS else every_call
+    settings = {} if suite is power_loss else {"stride": 61} if suite is torn_tails else {"stride": 5}
+    try:
+        suite(mutate=mutant, **settings)
+    except Broken as broken:
+        return str(broken)
+    return None
+
+
 @contextmanager
 def _named(what: str) -> Iterator[None]:
     try:
@@ -285,13 +393,13 @@ def main() -> None:
         "random_kills": random_kills,
         "failing_disk": failing_disk,
         "torn_tails": torn_tails,
+        "power_loss": power_loss,
+        "mutants": mutants,
     }
     began = time.monotonic()
     figures = known[name](**settings)
     print(json.dumps(figures | {"seconds": round(time.monotonic() - began, 1)}))
 
-
-_ = (AFTER, TORN)
 
 if __name__ == "__main__":
     main()

@@ -79,7 +79,7 @@ class KillingOs(CountingOs):
 
 
 class FailingOs(CountingOs):
-    """From the n-th call on, calls that need space (ENOSPC) or the device at all (EIO) fail; a write is cut in half first.
+    """From the n-th call on, what needs space (ENOSPC) or the device at all (EIO) fails; a write is cut in half first.
 
     Removing and shortening work on a full disk.
     """
