@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ COMPLETE = 3
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     directory = tmp_path_factory.mktemp("reference")
     write_input(directory / "rows.jsonl", NUM_ROWS)
-    assert launch(SCRIPTED, [*words(directory / "rows.jsonl"), f"hydra.run.dir={directory}/run"]) == COMPLETE
+    with chdir(directory):
+        assert launch(SCRIPTED, [*words(Path("rows.jsonl")), "hydra.run.dir=run"]) == COMPLETE
     names = ("generations.jsonl", "failures.jsonl")
     return {name: without_attempt((directory / "run" / name).read_bytes()) for name in names}
 
