@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet  # noqa: F401  before the first fork
-
 import jobs.journal
 import jobs.record_parts
 from jobs import disk
