@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -79,7 +79,7 @@ def sync_directory(path: Path) -> None:
 
 def replace(
     path: Path,
-    write: Callable[[io.BufferedWriter], object],
+    write: Callable[[BinaryIO], object],
     check: Callable[[Path], _Checked],
     *,
     beside: Path | None = None,
@@ -149,11 +149,10 @@ def _link(beside: Path, path: Path) -> None:
     remove(beside)
 
 
-def _write_file(path: Path, write: Callable[[io.BufferedWriter], object], durable: bool) -> None:
+def _write_file(path: Path, write: Callable[[BinaryIO], object], durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        raw: io.RawIOBase = _Raw(descriptor)
-        with io.BufferedWriter(raw, BUFFER_BYTES) as file:
+        with io.BufferedWriter(_Raw(descriptor), BUFFER_BYTES) as file:
             write(file)
         if durable:
             sync(descriptor)

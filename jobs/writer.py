@@ -3,10 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 
@@ -268,7 +267,7 @@ def open_log(path: Path, see: Callable[[bytes], tuple[int, int]], *, power: bool
 
 
 def _replace(
-    final: Path, num_rows: int, write: Callable[[BufferedWriter], object], count: Callable[[Path], int]
+    final: Path, num_rows: int, write: Callable[[BinaryIO], object], count: Callable[[Path], int]
 ) -> OutputFile:
     def check(path: Path) -> OutputFile:
         if (found := count(path)) != num_rows:
