@@ -172,7 +172,9 @@ def _resume(
         earlier.check_files(resuming.fingerprint(composition.config))
         numbers = continuation(earlier.path, earlier.manifest)
         clock = Clock.resumed(datetime.fromisoformat(earlier.manifest["clock_zero"]), numbers.last_ns)
-        earlier.manifest.resume(clock, facts(command.module, line.words, line.overrides, config, masker))
+        attempt_facts = facts(command.module, line.words, line.overrides, config, masker)
+        with stop.deferred():
+            earlier.manifest.resume(clock, attempt_facts)
         run = Run(directory=earlier.path, manifest=earlier.manifest, clock=clock, numbers=numbers, stop=stop)
         return _until_its_end(command, composition, run, RunDirectory(path=earlier.path, created=()), masker)
 

@@ -82,6 +82,7 @@ class RowLog:
         self._ends = array("q")
         """Where each line ends in the file; it begins where the one before it ends."""
         self._waiting: list[RowLine] = []
+        """With their checksums."""
         self._size = 0
         self._power = power
         self._failed = False
@@ -104,26 +105,28 @@ class RowLog:
 
     def add(self, lines: Sequence[RowLine]) -> None:
         self._open_file()
-        self._waiting += lines
-        self.num_bytes += sum(len(line.line) for line in lines)
+        for line in lines:
+            sealed = sealed_line(line.line)
+            self._waiting.append(RowLine(line.row, line.sample, sealed))
+            self.num_bytes += len(sealed)
 
     def flush(self) -> None:
         """Makes what was added durable and counts it."""
         file = self._open_file()
         if not self._waiting:
             return
-        sealed = [sealed_line(line.line) for line in self._waiting]
         self._failed = True  # until all of it is done
         try:
-            disk.append(file, b"".join(sealed))
+            disk.append(file, b"".join(line.line for line in self._waiting))
+            if self._power:
+                disk.sync_data(file)
         except BaseException:
-            with contextlib.suppress(OSError):  # recovery does the same
+            # Nobody knows what of it is on the device; recovery, which reads the cache, must not take it for durable.
+            with contextlib.suppress(OSError):
                 disk.truncate(file, self._size)
             raise
-        if self._power:
-            disk.sync_data(file)
         self._failed = False
-        self._count(self._waiting, [len(line) for line in sealed])
+        self._count(self._waiting)
         self._waiting = []
         self.num_bytes = 0
 
@@ -160,9 +163,9 @@ class RowLog:
             raise OSError(f"{self.path}: an earlier write failed, so nothing more is written")
         return self._file
 
-    def _count(self, lines: Sequence[RowLine], sizes: Sequence[int]) -> None:
-        for line, size in zip(lines, sizes, strict=True):
-            self._size += size
+    def _count(self, sealed: Sequence[RowLine]) -> None:
+        for line in sealed:
+            self._size += len(line.line)
             self._rows.append(line.row)
             self._samples.append(line.sample)
             self._ends.append(self._size)
@@ -179,7 +182,7 @@ class RowLog:
             line = unsealed_line(sealed)
             if line is None:
                 break
-            self._count([RowLine(*see(line), b"")], [len(sealed)])
+            self._count([RowLine(*see(line), sealed)])
         self.num_cut_bytes = os.fstat(file).st_size - self._size
         if self.num_cut_bytes:
             disk.truncate(file, self._size)
