@@ -128,6 +128,17 @@ def free_space(path: Path) -> str:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that comes without a file's name, as those of open files do, gets this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def _removed_unless_done(beside: Path) -> Iterator[None]:
     try:
         yield
@@ -152,10 +163,11 @@ def _link(beside: Path, path: Path) -> None:
 def _write_file(path: Path, write: Callable[[BinaryIO], object], durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        with io.BufferedWriter(_Raw(descriptor), BUFFER_BYTES) as file:
+        with naming(path), io.BufferedWriter(_Raw(descriptor), BUFFER_BYTES) as file:
             write(file)
         if durable:
-            sync(descriptor)
+            with naming(path):
+                sync(descriptor)
     finally:
         os.close(descriptor)
 

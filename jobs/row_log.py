@@ -117,9 +117,10 @@ class RowLog:
             return
         self._failed = True  # until all of it is done
         try:
-            disk.append(file, b"".join(line.line for line in self._waiting))
-            if self._power:
-                disk.sync_data(file)
+            with disk.naming(self.path):
+                disk.append(file, b"".join(line.line for line in self._waiting))
+                if self._power:
+                    disk.sync_data(file)
         except BaseException:
             # Nobody knows what of it is on the device; recovery, which reads the cache, must not take it for durable.
             with contextlib.suppress(OSError):
