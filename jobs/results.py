@@ -90,12 +90,22 @@ class Results:
                 )
 
     def finish(self, num_rows: int) -> list[OutputFile]:
-        """Writes the final files of an input of `num_rows` rows; ResultsError unless each of them has a result."""
-        answered, failed = len(np.unique(self.generations.log.rows)), self.failures.num_flushed
-        if answered + failed != num_rows:
-            raise ResultsError(f"{answered} rows were answered and {failed} failed, but {num_rows} were read")
+        """Writes the final files of an input of `num_rows` rows; ResultsError unless each was answered or has failed."""
+        self._check_every_row_has_one(num_rows)
         failures = self.failures.finish()
         return [self.generations.finish(), failures]
+
+    def _check_every_row_has_one(self, num_rows: int) -> None:
+        results = np.zeros(num_rows, np.int8)  # 1 MB a million
+        for log in (self.generations.log, self.failures.log):
+            if len(log.rows) and log.rows.max() >= num_rows:
+                raise ResultsError(f"{log.path}: has row {log.rows.max()}, but only {num_rows} rows were read")
+            results[log.rows] += 1  # once, however many samples the row has
+        for what, wrong in (("no result", results == 0), ("been answered and has failed", results > 1)):
+            if wrong.any():
+                raise ResultsError(
+                    f"row {int(wrong.argmax())} has {what} ({int(wrong.sum())} rows like it, {num_rows} were read)"
+                )
 
     def remove_logs(self) -> None:
         """Once it is written down that the final files are there."""

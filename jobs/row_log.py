@@ -95,13 +95,11 @@ class RowLog:
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 [rows]: of the acknowledged rows, in the order in which they came. A copy."""
-        return np.array(self._rows, np.int64)
+        """int64 [rows]: of the acknowledged rows, in the order in which they came.
 
-    @property
-    def samples(self) -> np.ndarray:
-        """int32 [rows]"""
-        return np.array(self._samples, np.int32)
+        A view: while it is alive, no row can be added.
+        """
+        return np.asarray(self._rows)
 
     def add(self, lines: Sequence[RowLine]) -> None:
         self._open_file()
@@ -133,7 +131,7 @@ class RowLog:
 
     def order(self) -> np.ndarray:
         """The lines' indices sorted by (row, sample); RowLogError where one of these stands twice."""
-        rows, samples = self.rows, self.samples
+        rows, samples = self.rows, np.asarray(self._samples)
         order = np.lexsort((samples, rows))
         for first in range(0, len(order), ORDER_CHUNK):
             chunk = order[first : first + ORDER_CHUNK + 1]

@@ -28,14 +28,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: without_attempt((directory / "run" / name).read_bytes()) for name in names}
 
 
-@pytest.fixture
-def broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended early, with answered and failed rows, of the input rows.jsonl beside it."""
-    monkeypatch.chdir(tmp_path)
-    write_input(tmp_path / "rows.jsonl", NUM_ROWS)
-    code = launch(SCRIPTED, [*words(Path("rows.jsonl")), "reader.max_failures=1", "hydra.run.dir=run"])
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pattern")
+    write_input(directory / "rows.jsonl", NUM_ROWS)
+    with chdir(directory):
+        code = launch(SCRIPTED, [*words(Path("rows.jsonl")), "reader.max_failures=1", "hydra.run.dir=run"])
     assert code == 1
-    assert 0 < len((tmp_path / "run/generations.partial.jsonl").read_bytes().splitlines()) < NUM_ROWS - 3
+    assert 0 < len((directory / "run/generations.partial.jsonl").read_bytes().splitlines()) < NUM_ROWS - 3
+    return directory
+
+
+@pytest.fixture
+def broken_off(pattern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that ended early, with answered and failed rows, of the input rows.jsonl beside it."""
+    shutil.copytree(pattern, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
