@@ -90,7 +90,7 @@ class Results:
                 )
 
     def finish(self, num_rows: int) -> list[OutputFile]:
-        """Writes the final files of an input of `num_rows` rows; ResultsError unless each was answered or has failed."""
+        """Writes the final files of an input of `num_rows` rows; ResultsError unless each has one result."""
         self._check_every_row_has_one(num_rows)
         failures = self.failures.finish()
         return [self.generations.finish(), failures]

@@ -207,7 +207,10 @@ def random_kills(num_kills: int = 20, seed: int = 0) -> dict[str, Any]:
 
 
 def failing_disk(stride: int = 1) -> dict[str, Any]:
-    """ENOSPC and EIO from the n-th call on: never a success, nothing acknowledged then, resumed to the same end."""
+    """ENOSPC and EIO from the n-th call on: never a success, nothing acknowledged then, resumed to the same end.
+
+    In every third case the disk fails while a run is resumed that was killed in its middle.
+    """
     figures: Counter[str] = Counter()
     with cases() as (new_case, reference, num_calls):
         figures["calls"] = num_calls
@@ -217,6 +220,9 @@ def failing_disk(stride: int = 1) -> dict[str, Any]:
                 with _named(f"{errno.errorcode[code]} from call {number} on"):
                     faults = FailingOs(number, code, case.root / "failed")
                     (case.root / "failed").unlink(missing_ok=True)
+                    if figures["cases"] % 3 == 2:
+                        case.attempt(KillingOs(num_calls * 3 // 5, BEFORE))
+                        figures["in a resumed run"] += 1
                     ended = case.attempt(faults)
                     if not (case.root / "failed").exists():  # this time the run made fewer calls
                         ensure(ended == COMPLETE, f"an undisturbed run ended with {ended}")
@@ -227,7 +233,6 @@ def failing_disk(stride: int = 1) -> dict[str, Any]:
                         case.directory.glob("*.partial.jsonl")
                     )
                     ensure(ended in (1, 2), f"ended with {ended}")
-                    ensure(ended == 1 or not case.acks, "a run that never began acknowledged rows")
                     figures["failed after everything was written"] += done
                     figures["acks"] += len(case.acks)
                     check_after_crash(case.directory, case.acks, {"generations.jsonl": reference["generations.jsonl"]})

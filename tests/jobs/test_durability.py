@@ -68,6 +68,7 @@ def test_a_full_or_broken_disk_ends_the_run_and_nothing_is_lost(stride: int):
     assert figures["cases"] >= 1.5 * (figures["calls"] // stride)
     assert figures["exit 1"] > figures["cases"] // 2
     assert figures["exit 1"] + figures.get("exit 2", 0) == figures["cases"], "never a success"
+    assert figures["in a resumed run"] > figures["cases"] // 4
     assert figures["acks"] > figures["cases"], "disks failed when there was something to lose"
 
 

@@ -236,6 +236,17 @@ def test_a_model_file_that_has_changed_is_refused(
     assert f"model {name}: has" in capfd.readouterr().err
 
 
+def test_from_another_directory_the_message_says_where_the_run_was_started(
+    broken_off: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], pattern: Path
+):
+    (broken_off.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(broken_off.parent / "elsewhere")
+    assert resume(directory="../run") == 2
+    err = capfd.readouterr().err
+    assert "error: resume=../run: input=rows.jsonl: no such file" in err
+    assert f"(the run was started in {pattern})" in err
+
+
 def test_a_file_more_or_less_of_a_glob_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
