@@ -22,10 +22,10 @@ from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_toke
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
+from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
 from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
-from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
 from nanovllm.text import load_tokenizer
 
 Phase = Callable[[str], AbstractContextManager[object]]
