@@ -14,6 +14,7 @@ from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import KEYS
 from jobs.summary import show
 from jobs.usage import UsageError
+from nanovllm.quiet_gc import collector_kept_out
 
 HELP = f"""python -m jobs.simulate run=DIR [key=value,value ...] [search=true]
 python -m jobs.simulate run=DIR against=DIR [against=DIR ...]
@@ -43,10 +44,11 @@ def run(words: Sequence[str]) -> int:
         return 0
     said = _parse(words)
     predictor = Predictor(RecordedRun("run", Path(said.run)))
-    if said.against:
-        _against(predictor, said.against)
-    else:
-        _grid(predictor, said)
+    with collector_kept_out():  # it would look through every row again and again
+        if said.against:
+            _against(predictor, said.against)
+        else:
+            _grid(predictor, said)
     return 0
 
 

@@ -1,11 +1,12 @@
 """What steps cost, fitted on the steps of a recorded run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jobs.simulation.fitting import Error, Fit, fit, held_out_error
-from jobs.simulation.forward_cost import FEATURES, ForwardFeatures, SharedReads
+from jobs.simulation.forward_cost import DOUBTED, FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.host_times import HostTimes
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes
@@ -13,7 +14,9 @@ from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes
 WARM_UP_STEPS = 16
 SUBMIT = ("step", "row", "prefill token", "prefill row")
 POSTPROCESS = ("step", "row", "finished row")
-BETWEEN = ("step", "finished row", "new row", "new prompt token")
+BETWEEN = ("step", "finished row", "new prompt token")
+ROW_IN_TOKENS = 256
+"""What a new row costs the host beside its prompt, as so many tokens of it: a run takes in too few times to tell."""
 GAP = ("step", "step with prefills")
 
 
@@ -46,16 +49,16 @@ class CostModel:
         """To schedule and prepare."""
         return self.schedule.predict(_submit(sizes)) + self.prepare.predict(_submit(sizes))
 
-    def after_ms(self, num_rows: int, num_finished: int) -> float:
-        """To commit a step, and until the next one is scheduled, rows that are taken in left out."""
-        after = self.postprocess.predict((1.0, num_rows, num_finished)) + self.between.predict(
-            (1.0, num_finished, 0, 0)
-        )
-        return float(after[0])
+    def after_ms(self) -> tuple[float, float, float]:
+        """To commit a step, and until the next one is scheduled, rows that are taken in left out: for the step, for
+        each of its rows, for each row that ends with it."""
+        step, row, finished = self.postprocess.coefficients * self.postprocess.scale
+        step_between, finished_between, _ = self.between.coefficients * self.between.scale
+        return step + step_between, row, finished + finished_between
 
     def intake_ms(self, num_rows: int, num_tokens: int) -> float:
         """To take rows in."""
-        return float(self.between.predict((0.0, 0, num_rows, num_tokens))[0])
+        return float(self.between.predict((0.0, 0, _intake(num_rows, num_tokens)))[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +80,7 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     sizes, times = recorded_sizes(run), HostTimes(run)
     padding, features = Padding.of(run, run.settings), ForwardFeatures.of(run)
     columns = features.columns(sizes, padding, shared)
-    forward = fit(FEATURES, columns, times.forward, num_warm_up=WARM_UP_STEPS)
+    forward = fit(FEATURES, columns, times.forward, num_warm_up=WARM_UP_STEPS, doubted=DOUBTED)
     is_first = _captured_late(sizes, padding)
     others = ~is_first
     submit = _submit(sizes)
@@ -92,14 +95,19 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
         schedule=schedule,
         prepare=prepare,
         postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, run.column("num_finished")), times.postprocess),
-        between=_fit_or_zero(BETWEEN, (1.0, between.num_finished, between.rows_in, between.tokens_in), between.ms),
+        between=_fit_or_zero(
+            BETWEEN,
+            (1.0, between.num_finished, _intake(between.rows_in, between.tokens_in)),
+            between.ms,
+            between.rows_in > 0,
+        ),
         capture_ms=float(np.mean(captures)) if len(captures) else 0.0,
         warm_up_ms=_warm_up(forward),
     )
     return FittedCosts(
         model=model,
         num_steps=len(times.forward),
-        error=held_out_error(columns, times.forward, num_warm_up=WARM_UP_STEPS),
+        error=held_out_error(FEATURES, columns, times.forward, num_warm_up=WARM_UP_STEPS, doubted=DOUBTED),
         num_outliers=int(forward.outliers.sum()),
         num_late_captures=int(is_first.sum()),
         num_other_padding=_other_padding(run, sizes, padding),
@@ -110,14 +118,23 @@ def _submit(sizes: StepSizes) -> tuple[object, ...]:
     return 1.0, sizes.num_rows, sizes.num_prefill_tokens, sizes.num_rows - sizes.num_decodes
 
 
+def _intake(num_rows: Any, num_tokens: Any) -> Any:
+    return num_tokens + ROW_IN_TOKENS * num_rows
+
+
 def _gap(sizes: StepSizes) -> tuple[object, ...]:
     return 1.0, sizes.num_decodes < sizes.num_rows
 
 
-def _fit_or_zero(names: tuple[str, ...], features: tuple[object, ...], values: np.ndarray) -> Fit:
+def _fit_or_zero(
+    names: tuple[str, ...],
+    features: tuple[object, ...],
+    values: np.ndarray,
+    never_outliers: np.ndarray | None = None,
+) -> Fit:
     """A run of one step has no gap between steps."""
     if len(values):
-        return fit(names, features, values)
+        return fit(names, features, values, never_outliers=never_outliers)
     nothing = np.zeros(0)
     return Fit(names=names, coefficients=np.zeros(len(names)), scale=1.0, outliers=nothing > 0, residuals=nothing)
 

@@ -43,13 +43,24 @@ class Fit:
         return self.scale * (_columns(features) @ self.coefficients)
 
 
-def fit(names: tuple[str, ...], features: Sequence[object], values: np.ndarray, *, num_warm_up: int = 0) -> Fit:
+def fit(
+    names: tuple[str, ...],
+    features: Sequence[object],
+    values: np.ndarray,
+    *,
+    num_warm_up: int = 0,
+    doubted: Sequence[str] = (),
+    never_outliers: np.ndarray | None = None,
+) -> Fit:
     """Fits `values` [n] to `features`, each a number or an array [n].
 
-    Outliers among the first `num_warm_up` values are no stalls: they are left out of `scale`.
+    Outliers among the first `num_warm_up` values are no stalls: they are left out of `scale`. Of each `doubted` name
+    one more value, as small as most, says that as much as there ever was of it costs nothing: where the others explain
+    as much, they are believed. `never_outliers` [n] are few and unlike the rest, and still believed.
     """
     columns = _columns(features, len(values))
-    coefficients, keep = _robust(columns, values)
+    doubts = np.array([name in doubted for name in names], np.bool_)
+    coefficients, keep = _robust(columns, values, doubts, never_outliers)
     predicted = columns @ coefficients
     residuals = values - predicted
     counted = keep.copy()
@@ -58,7 +69,14 @@ def fit(names: tuple[str, ...], features: Sequence[object], values: np.ndarray, 
     return Fit(names=names, coefficients=coefficients, scale=float(scale), outliers=~keep, residuals=residuals)
 
 
-def held_out_error(features: Sequence[object], values: np.ndarray, *, num_warm_up: int = 0) -> Error:
+def held_out_error(
+    names: tuple[str, ...],
+    features: Sequence[object],
+    values: np.ndarray,
+    *,
+    num_warm_up: int = 0,
+    doubted: Sequence[str] = (),
+) -> Error:
     """Each of FOLDS parts is predicted by a fit on the others; the values that warm up are in none."""
     columns, values = _columns(features, len(values))[num_warm_up:], values[num_warm_up:]
     if len(values) < 2 * FOLDS:
@@ -67,9 +85,9 @@ def held_out_error(features: Sequence[object], values: np.ndarray, *, num_warm_u
     part = np.arange(len(values)) % FOLDS
     for fold in range(FOLDS):
         rest = part != fold
-        one = fit((), tuple(columns[rest].T), values[rest])
+        one = fit(names, tuple(columns[rest].T), values[rest], doubted=doubted)
         predicted[~rest] = one.scale * (columns[~rest] @ one.coefficients)
-    keep = ~fit((), tuple(columns.T), values).outliers & (values > 0)
+    keep = ~fit(names, tuple(columns.T), values, doubted=doubted).outliers & (values > 0)
     relative = np.abs(predicted[keep] / values[keep] - 1)
     return Error(mape=float(relative.mean()), total=float(predicted.sum() / values.sum() - 1))
 
@@ -80,19 +98,27 @@ def _columns(features: Sequence[object], length: int | None = None) -> np.ndarra
     return np.stack([np.broadcast_to(array, length) for array in arrays], axis=1)
 
 
-def _robust(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _robust(
+    columns: np.ndarray, values: np.ndarray, doubts: np.ndarray, never_outliers: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients, bool [values]: which of them they were fitted to)"""
     # Weighted so that each value counts by its relative error times its size: the sum is what has to be right.
     floor = max(float(np.median(values)) * 1e-3, 1e-9)
     weights = 1 / np.sqrt(np.maximum(values, floor))
+    nothing = np.diag(columns.max(axis=0) * float(np.median(weights)))[doubts]
     keep = np.ones(len(values), np.bool_)
     coefficients = np.zeros(columns.shape[1])
     for _ in range(ROUNDS):
-        coefficients = _non_negative(columns[keep] * weights[keep, None], values[keep] * weights[keep])
+        coefficients = _non_negative(
+            np.concatenate([columns[keep] * weights[keep, None], nothing]),
+            np.concatenate([values[keep] * weights[keep], np.zeros(len(nothing))]),
+        )
         predicted = columns @ coefficients
         relative = np.abs(values - predicted) / np.maximum(predicted, floor)
         limit = max(OUTLIER * 1.4826 * float(np.median(relative)), LEAST_OUTLIER, _quantile(relative))
         before, keep = keep, relative <= limit
+        if never_outliers is not None:
+            keep |= never_outliers
         if (keep == before).all():
             break
     return coefficients, keep

@@ -18,6 +18,8 @@ FEATURES = (
     "decode context",
     "pairs",
 )
+DOUBTED = ("step with prefills", "pairs")
+"""A run whose steps with prefills are all alike cannot tell these from the operations."""
 GPU_KNEE = 256
 """Padded tokens up to which a GPU's matrix products take the time of reading the weights, whatever the tokens."""
 

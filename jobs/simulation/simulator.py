@@ -19,7 +19,6 @@ from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import PromptError
 from nanovllm.events import Recorder
-from nanovllm.quiet_gc import collector_kept_out
 from nanovllm.sampling_params import ResolvedSampling
 
 
@@ -68,8 +67,7 @@ def simulate(
 ) -> Outcome:
     """The rows as the generate job would feed them to an engine with these settings on `run`'s device."""
     simulation = _Simulation(run, rows, model, settings, recorders)
-    with collector_kept_out():
-        simulation.run()
+    simulation.run()
     return simulation.outcome
 
 
@@ -109,12 +107,12 @@ class _Simulation:
         self._arrived: dict[int, float] = {}
         self._latencies: list[float] = []
         self._samplings: dict[int | None, ResolvedSampling] = {}
-        self._after_ms: dict[tuple[int, int], float] = {}
         self._rows_in = self._tokens_in = 0
         self.outcome = Outcome(settings=settings)
 
     def run(self) -> None:
         engine, runner = self._engine, self._runner
+        per_step, per_row, per_finished = self._model.after_ms()
         end_ns = 0
         while True:
             self._feed()
@@ -128,7 +126,7 @@ class _Simulation:
             end_ns = runner.clock()
             for output in outputs:
                 self._finish(output, end_ns)
-            runner.spend(self._after(num_rows, len(outputs)))
+            runner.spend(per_step + per_row * num_rows + per_finished * len(outputs))
         outcome = self.outcome
         outcome.num_steps = engine.num_steps
         outcome.seconds = end_ns / 1e9
@@ -180,9 +178,3 @@ class _Simulation:
         outcome.num_output_tokens += len(output.token_ids)
         outcome.num_preemptions += output.num_preemptions
         outcome.num_shorter += len(output.token_ids) < self._rows.num_output_tokens[output.row]
-
-    def _after(self, num_rows: int, num_finished: int) -> float:
-        key = num_rows, num_finished
-        if key not in self._after_ms:
-            self._after_ms[key] = self._model.after_ms(*key)
-        return self._after_ms[key]
