@@ -29,7 +29,7 @@ def write_rows(words: Sequence[str]) -> None:
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
     longest = -(-kind.longest_len(sizes) // LENGTHS_STEP) * LENGTHS_STEP
     show(
-        f"{len(load.prompts):,} rows, {load.num_prompt_tokens:,} prompt tokens, {load.num_output_tokens:,} output tokens\n"
+        f"{len(load.prompts):,} rows: {load.num_prompt_tokens:,} tokens in, {load.num_output_tokens:,} out\n"
         f"python -m jobs.generate model=qwen3 model.load_format=dummy input={shlex.quote(str(out))} "
         f"engine.max_num_seqs={kind.max_num_seqs} engine.max_num_batched_tokens={kind.max_num_batched_tokens} "
         f"engine.max_model_len={longest}"

@@ -35,8 +35,8 @@ class BlockLedger(Recorder):
 def recorded_columns(table: pa.Table) -> Columns:
     """As BlockLedger.columns, of a run's block_events."""
     codes = {
-        "event": pc.index_in(table["event"], pa.array(EVENT_KINDS, pa.string())),
-        "reason": pc.index_in(table["reason"], pa.array(EVENT_REASONS, pa.string())),
+        "event": pc.call_function("index_in", [table["event"]], pc.SetLookupOptions(pa.array(EVENT_KINDS))),
+        "reason": pc.call_function("index_in", [table["reason"]], pc.SetLookupOptions(pa.array(EVENT_REASONS))),
     }
     return {name: (codes[name] if name in codes else table[name]).to_numpy() for name in COMPARED}
 

@@ -85,7 +85,7 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     others = ~is_first
     submit = _submit(sizes)
     schedule = fit(SUBMIT, submit, times.schedule)
-    prepare = fit(SUBMIT, [np.broadcast_to(c, len(others))[others] for c in submit], times.prepare[others])
+    prepare = fit(SUBMIT, [np.broadcast_to(np.asarray(c), len(others))[others] for c in submit], times.prepare[others])
     captures = times.late_captures(is_first, prepare.predict(submit))
     gaps, between = times.device_gaps(), times.between_steps()
     model = CostModel(

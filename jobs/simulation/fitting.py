@@ -12,6 +12,8 @@ LEAST_OUTLIER = 0.2
 """Relative: nothing nearer than this is one, however well the rest fits."""
 MOST_OUTLIERS = 0.1
 """Share of the values that may be left out."""
+DOUBT = 0.1
+"""Weight of a value that says that a doubted feature costs nothing, beside that of a measured one."""
 FOLDS = 5
 
 
@@ -105,7 +107,7 @@ def _robust(
     # Weighted so that each value counts by its relative error times its size: the sum is what has to be right.
     floor = max(float(np.median(values)) * 1e-3, 1e-9)
     weights = 1 / np.sqrt(np.maximum(values, floor))
-    nothing = np.diag(columns.max(axis=0) * float(np.median(weights)))[doubts]
+    nothing = np.diag(columns.max(axis=0) * float(np.median(weights)) * DOUBT)[doubts]
     keep = np.ones(len(values), np.bool_)
     coefficients = np.zeros(columns.shape[1])
     for _ in range(ROUNDS):

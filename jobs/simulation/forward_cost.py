@@ -1,5 +1,6 @@
 """What a step's time on the device depends on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ FEATURES = (
     "decode context",
     "pairs",
 )
-DOUBTED = ("step with prefills", "pairs")
-"""A run whose steps with prefills are all alike cannot tell these from the operations."""
+DOUBTED = ("step with prefills", "tokens up to 16", "tokens up to 64", "pairs")
+"""A run whose steps with prefills are all alike cannot tell the first and the last from the operations, one of few
+sequences the others from the rows of logits."""
 GPU_KNEE = 256
 """Padded tokens up to which a GPU's matrix products take the time of reading the weights, whatever the tokens."""
 
@@ -51,9 +53,12 @@ class ForwardFeatures:
 
     @classmethod
     def of(cls, run: RecordedRun) -> "ForwardFeatures":
-        """Without the model's shape (runs before the manifest had it) tokens count, and nothing else."""
-        c: dict[str, Any] | None = run.engine.get("architecture")
-        knee = GPU_KNEE if run.on_gpu else 0
+        return cls.of_model(run.engine.get("architecture"), on_gpu=run.on_gpu)
+
+    @classmethod
+    def of_model(cls, c: Mapping[str, Any] | None, *, on_gpu: bool) -> "ForwardFeatures":
+        """`c` is the model's shape, as a manifest has it; without it (older runs) tokens alone count as operations."""
+        knee = GPU_KNEE if on_gpu else 0
         if c is None:
             return cls(knee=knee, body=1e-9, head=0.0, pair=0.0)
         hidden, heads, kv_heads = c["hidden_size"], c["num_attention_heads"], c["num_kv_heads"]

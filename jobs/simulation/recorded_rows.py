@@ -38,14 +38,13 @@ class RecordedRows:
 
     def __init__(self, run: RecordedRun) -> None:
         table = run.requests.to_pydict()
-        last: dict[tuple[int, int], int] = {}
-        for place, key in enumerate(zip(table["row"], table["sample"], strict=True)):
-            if table["finish_reason"][place] != "aborted":
-                last[key] = place  # of a row that was done again after a crash
+        keys = list(zip(table["row"], table["sample"], strict=True))
+        ended = [place for place, reason in enumerate(table["finish_reason"]) if reason != "aborted"]
+        last = {keys[place]: place for place in ended}  # of a row that was done again after a crash
         chosen = [last[key] for key in sorted(last)]
         if not chosen:
             raise UsageError(f"{run.directory}: not one of its rows has ended; there is nothing to simulate")
-        self.num_left_out = len(set(zip(table["row"], table["sample"], strict=True))) - len(chosen)
+        self.num_left_out = len(set(keys)) - len(chosen)
         """Rows that were given up: nobody knows how long they would have become."""
 
         def column(name: str, missing: int = 0) -> np.ndarray:

@@ -42,7 +42,7 @@ def _formula(cost: Fit) -> str:
     terms = [
         f"{cost.scale * coefficient:.3g} x {name}"
         for name, coefficient in zip(cost.names, cost.coefficients, strict=True)
-        if coefficient > 0
+        if coefficient > 1e-12  # what a solver leaves of nothing
     ]
     return " + ".join(terms) or "0"
 
@@ -79,7 +79,7 @@ def _measured(run: RecordedRun) -> list[str]:
     tokens = int(requests["num_output_tokens"].to_numpy().sum())
     prompts = int(requests["num_prompt_tokens"].to_numpy().sum())
     return [
-        f"{run.seconds_of(*{phase.name for phase in run.phases()}):.2f}",
+        _job_seconds(run),
         f"{tokens / run.steps_seconds:,.0f}",
         "",
         f"{requests['num_cached_tokens'].to_numpy().sum() / max(prompts, 1):.1%}",
@@ -87,6 +87,11 @@ def _measured(run: RecordedRun) -> list[str]:
         f"{np.quantile(ended, 0.5):.2f}",
         f"{np.quantile(ended, 0.99):.2f}",
     ]
+
+
+def _job_seconds(run: RecordedRun) -> str:
+    """All phases; unknown where the run was killed before the first one ended."""
+    return f"{sum(phase.seconds for phase in run.phases()):.2f}" if run.phases() else "?"
 
 
 def _cells(prediction: Prediction, same: Prediction) -> list[str]:
@@ -151,7 +156,7 @@ def against_table(runs: Sequence[RecordedRun], predictions: Sequence[Prediction]
     head = ["run", "steps s: measured", "predicted", "error", "job s", "predicted", "tok/s", "predicted"]
     rows = [[*head, "preempted", "predicted", "block events"]]
     for run, prediction, same in zip(runs, predictions, events, strict=True):
-        measured, job = run.steps_seconds, run.seconds_of(*{phase.name for phase in run.phases()})
+        measured = run.steps_seconds
         tokens = int(run.requests["num_output_tokens"].to_numpy().sum())
         rows.append(
             [
@@ -159,7 +164,7 @@ def against_table(runs: Sequence[RecordedRun], predictions: Sequence[Prediction]
                 f"{measured:.3f}",
                 f"{prediction.steps_s:.3f}",
                 f"{prediction.steps_s / measured - 1:+.1%}",
-                f"{job:.2f}",
+                _job_seconds(run),
                 f"{prediction.job_s:.2f}",
                 f"{tokens / measured:,.0f}",
                 f"{prediction.output_tokens_per_s:,.0f}",

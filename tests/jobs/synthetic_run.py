@@ -1,4 +1,4 @@
-"""Run directories whose steps took what a known law says, made without a model: rows, law and settings in, records out."""
+"""Run directories whose steps took what a known law says, made from rows, law and settings without a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ def law(
 ) -> CostModel:
     """A cost model by the names of its features; what is not named costs nothing."""
     return CostModel(
-        features=_features(on_gpu),
+        features=ForwardFeatures.of_model(ARCHITECTURE, on_gpu=on_gpu),
         forward=_exact(FEATURES, forward),
         gap=_exact(GAP, gap or {}),
         schedule=_exact(SUBMIT, {}),
@@ -155,14 +155,6 @@ def _empty(kind: pa.DataType) -> object:
     return (
         [] if pa.types.is_list(kind) else "" if pa.types.is_string(kind) else False if pa.types.is_boolean(kind) else 0
     )
-
-
-def _features(on_gpu: bool) -> ForwardFeatures:
-    class _Run:
-        engine = {"architecture": ARCHITECTURE}
-
-    _Run.on_gpu = on_gpu
-    return ForwardFeatures.of(_Run())
 
 
 def _exact(names: tuple[str, ...], costs: Mapping[str, float]) -> Fit:
