@@ -14,7 +14,7 @@ from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes
 WARM_UP_STEPS = 16
 SUBMIT = ("step", "row", "prefill token", "prefill row")
 POSTPROCESS = ("step", "row", "finished row")
-BETWEEN = ("step", "finished row", "new prompt token")
+BETWEEN = ("step", "step with finished rows", "finished row", "new prompt token")
 ROW_IN_TOKENS = 256
 """What a new row costs the host beside its prompt, as so many tokens of it: a run takes in too few times to tell."""
 GAP = ("step", "step with prefills")
@@ -49,16 +49,14 @@ class CostModel:
         """To schedule and prepare."""
         return self.schedule.predict(_submit(sizes)) + self.prepare.predict(_submit(sizes))
 
-    def after_ms(self) -> tuple[float, float, float]:
-        """To commit a step, and until the next one is scheduled, rows that are taken in left out: for the step, for
-        each of its rows, for each row that ends with it."""
-        step, row, finished = self.postprocess.coefficients * self.postprocess.scale
-        step_between, finished_between, _ = self.between.coefficients * self.between.scale
-        return step + step_between, row, finished + finished_between
+    def after_ms(self, num_rows: int, num_finished: int) -> float:
+        """To commit a step, and until the next one is scheduled, rows that are taken in left out."""
+        postprocess = self.postprocess.predict_one(1.0, num_rows, num_finished)
+        return postprocess + self.between.predict_one(1.0, num_finished > 0, num_finished, 0.0)
 
     def intake_ms(self, num_rows: int, num_tokens: int) -> float:
         """To take rows in."""
-        return float(self.between.predict((0.0, 0, _intake(num_rows, num_tokens)))[0])
+        return self.between.predict_one(0.0, 0.0, 0.0, _intake(num_rows, num_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +95,11 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
         postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, run.column("num_finished")), times.postprocess),
         between=_fit_or_zero(
             BETWEEN,
-            (1.0, between.num_finished, _intake(between.rows_in, between.tokens_in)),
+            (1.0, between.num_finished > 0, between.num_finished, _intake(between.rows_in, between.tokens_in)),
             between.ms,
             between.rows_in > 0,
         ),
-        capture_ms=float(np.mean(captures)) if len(captures) else 0.0,
+        capture_ms=float(np.median(captures)) if len(captures) else 0.0,
         warm_up_ms=_warm_up(forward),
     )
     return FittedCosts(

@@ -112,7 +112,6 @@ class _Simulation:
 
     def run(self) -> None:
         engine, runner = self._engine, self._runner
-        per_step, per_row, per_finished = self._model.after_ms()
         end_ns = 0
         while True:
             self._feed()
@@ -126,7 +125,7 @@ class _Simulation:
             end_ns = runner.clock()
             for output in outputs:
                 self._finish(output, end_ns)
-            runner.spend(per_step + per_row * num_rows + per_finished * len(outputs))
+            runner.spend(self._model.after_ms(num_rows, len(outputs)))
         outcome = self.outcome
         outcome.num_steps = engine.num_steps
         outcome.seconds = end_ns / 1e9
