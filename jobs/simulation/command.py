@@ -94,7 +94,7 @@ def _grid(predictor: Predictor, said: _Words) -> None:
     lines.append(f"block events with the recorded settings: {_compared(recorded, ledger)}")
     if choices:
         predicted = sum(prediction.steps_s for prediction in predictions if prediction)
-        lines.append(f"{len(choices)} simulated in {seconds:.2f} s, {predicted / max(seconds, 1e-9):.0f}x as fast")
+        lines.append(_speed(len(choices), seconds, predicted))
     if said.search:
         lines += report.best_lines(choices, predictions, same)
     show("\n".join(lines))
@@ -116,8 +116,15 @@ def _against(predictor: Predictor, patterns: Sequence[str]) -> None:
         events.append(_compared(other, ledger))
     lines = report.against_table(runs, predictions, events)
     predicted = sum(prediction.steps_s for prediction in predictions)
-    lines.append(f"simulated in {seconds:.2f} s, {predicted / max(seconds, 1e-9):.0f}x as fast")
+    lines.append(_speed(len(runs), seconds, predicted))
     show("\n".join(lines))
+
+
+def _speed(num_runs: int, seconds: float, predicted: float) -> str:
+    """`predicted`: seconds of all their steps."""
+    return (
+        f"{num_runs} simulated in {seconds:.2f} s, {predicted / max(seconds, 1e-9):.0f} times faster than their steps"
+    )
 
 
 def _directories(pattern: str) -> list[Path]:

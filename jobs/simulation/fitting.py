@@ -1,8 +1,9 @@
 """Non-negative least squares that a few outliers cannot bend."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,8 +14,6 @@ LEAST_OUTLIER = 0.2
 """Relative: nothing nearer than this is one, however well the rest fits."""
 MOST_OUTLIERS = 0.1
 """Share of the values that may be left out."""
-DOUBT = 0.1
-"""Weight of a value that says that a doubted feature costs nothing, beside that of a measured one."""
 FOLDS = 5
 
 
@@ -56,17 +55,18 @@ def fit(
     values: np.ndarray,
     *,
     num_warm_up: int = 0,
-    doubted: Sequence[str] = (),
+    doubted: Mapping[str, float] = MappingProxyType({}),
     never_outliers: np.ndarray | None = None,
 ) -> Fit:
     """Fits `values` [n] to `features`, each a number or an array [n].
 
     Outliers among the first `num_warm_up` values are no stalls: they are left out of `scale`. Of each `doubted` name
-    one more value, as small as most, says that as much as there ever was of it costs nothing: where the others explain
-    as much, they are believed. `never_outliers` [n] are few and unlike the rest, and still believed.
+    one more value, as small as most and of the weight given, says that as much as there ever was of it costs nothing:
+    where the others explain as much, they are believed. `never_outliers` [n] are few and unlike the rest, and still
+    believed.
     """
     columns = _columns(features, len(values))
-    doubts = np.array([name in doubted for name in names], np.bool_)
+    doubts = np.array([doubted.get(name, 0.0) for name in names])
     coefficients, keep = _robust(columns, values, doubts, never_outliers)
     predicted = columns @ coefficients
     residuals = values - predicted
@@ -82,7 +82,7 @@ def held_out_error(
     values: np.ndarray,
     *,
     num_warm_up: int = 0,
-    doubted: Sequence[str] = (),
+    doubted: Mapping[str, float] = MappingProxyType({}),
 ) -> Error:
     """Each of FOLDS parts is predicted by a fit on the others; the values that warm up are in none."""
     columns, values = _columns(features, len(values))[num_warm_up:], values[num_warm_up:]
@@ -112,7 +112,7 @@ def _robust(
     # Weighted so that each value counts by its relative error times its size: the sum is what has to be right.
     floor = max(float(np.median(values)) * 1e-3, 1e-9)
     weights = 1 / np.sqrt(np.maximum(values, floor))
-    nothing = np.diag(columns.max(axis=0) * float(np.median(weights)) * DOUBT)[doubts]
+    nothing = np.diag(columns.max(axis=0) * float(np.median(weights)) * doubts)[doubts > 0]
     keep = np.ones(len(values), np.bool_)
     coefficients = np.zeros(columns.shape[1])
     for _ in range(ROUNDS):

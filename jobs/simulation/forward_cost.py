@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,9 @@ FEATURES = (
     "decode context",
     "pairs",
 )
-DOUBTED = ("step with prefills", "tokens up to 16", "tokens up to 64", "pairs")
-"""A run whose steps with prefills are all alike cannot tell the first and the last from the operations, one of few
-sequences the others from the rows of logits."""
+DOUBTED = MappingProxyType({"step with prefills": 1.0, "tokens up to 16": 0.1, "tokens up to 64": 0.1, "pairs": 0.1})
+"""Weights. A run whose steps with prefills are all alike cannot tell the first and the last from the operations, one of
+few sequences the others from the rows of logits. That there are prefills at all costs little by itself."""
 GPU_KNEE = 256
 """Padded tokens up to which a GPU's matrix products take the time of reading the weights, whatever the tokens."""
 

@@ -105,7 +105,8 @@ class RecordedRun:
     def phases(self) -> list[Phase]:
         """Of the last attempt that has any."""
         attempts = [attempt["phases"] for attempt in self.manifest["attempts"] if attempt["phases"]]
-        return [Phase(**phase) for phase in attempts[-1]] if attempts else []
+        last = attempts[-1] if attempts else []
+        return [Phase(phase["name"], phase["start_ns"], phase["end_ns"]) for phase in last]
 
     def seconds_of(self, *names: str) -> float:
         """What phases of these names took together."""

@@ -191,7 +191,7 @@ def test_no_cost_is_negative():
 def test_what_a_run_cannot_tell_apart_is_not_put_on_a_doubted_cost():
     """One step with prefills: its time goes to its tokens, not to there being prefills."""
     tokens = np.array([1.0] * 50 + [1000.0])
-    found = fit(("step", "prefill", "token"), (1.0, tokens > 1, tokens), 1.0 + 0.1 * tokens, doubted=("prefill",))
+    found = fit(("step", "prefill", "token"), (1.0, tokens > 1, tokens), 1.0 + 0.1 * tokens, doubted={"prefill": 0.1})
     assert found.predict((np.ones(1), np.ones(1), np.full(1, 500.0))) == pytest.approx(51.0, rel=0.01)
 
 
