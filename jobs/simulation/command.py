@@ -85,18 +85,16 @@ def _grid(predictor: Predictor, said: _Words) -> None:
     most_len = recorded.engine.get("architecture", {}).get("max_position_embeddings")
     choices = span(words, recorded.settings, most_len) if words else []
     show("\n".join([*report.fit_lines(predictor), *_rows_lines(predictor), ""]))
-    ledger = BlockLedger()
-    same = predictor.predict_run(recorded, ledger)
     began = time.perf_counter()
     predictions = [_predict(predictor, choice) for choice in choices]
     seconds = time.perf_counter() - began
-    lines = report.grid_table(predictor, same, choices, predictions)
-    lines.append(f"block events with the recorded settings: {_compared(recorded, ledger)}")
+    lines = report.grid_table(predictor, choices, predictions)
+    lines.append(f"block events with the recorded settings: {_compared(recorded, predictor.ledger)}")
     if choices:
         predicted = sum(prediction.steps_s for prediction in predictions if prediction)
         lines.append(_speed(len(choices), seconds, predicted))
     if said.search:
-        lines += report.best_lines(choices, predictions, same)
+        lines += report.best_lines(choices, predictions, predictor.recorded)
     show("\n".join(lines))
 
 
@@ -137,7 +135,7 @@ def _directories(pattern: str) -> list[Path]:
 
 
 def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
-    if not run.is_whole or run.arrives_by_time:
+    if not run.can_be_compared:
         why = "its rows came by time" if run.is_whole else "it was interrupted"
         return f"not compared ({why})"
     difference = compare_events(run, ledger)

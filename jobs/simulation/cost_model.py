@@ -78,13 +78,14 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     sizes, times = recorded_sizes(run), HostTimes(run)
     padding, features = Padding.of(run, run.settings), ForwardFeatures.of(run)
     columns = features.columns(sizes, padding, shared)
-    forward = fit(FEATURES, columns, times.forward, num_warm_up=WARM_UP_STEPS, doubted=DOUBTED)
+    forward = fit(FEATURES, columns, times.forward, doubted=DOUBTED)
     is_first = _captured_late(sizes, padding)
     others = ~is_first
     submit = _submit(sizes)
     schedule = fit(SUBMIT, submit, times.schedule)
     prepare = fit(SUBMIT, [np.broadcast_to(np.asarray(c), len(others))[others] for c in submit], times.prepare[others])
     captures = times.late_captures(is_first, prepare.predict(submit))
+    capture_ms = float(np.median(captures)) if len(captures) else 0.0  # the first one may compile kernels too
     gaps, between = times.device_gaps(), times.between_steps()
     model = CostModel(
         features=features,
@@ -99,8 +100,8 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
             between.ms,
             between.rows_in > 0,
         ),
-        capture_ms=float(np.median(captures)) if len(captures) else 0.0,
-        warm_up_ms=_warm_up(forward),
+        capture_ms=capture_ms,
+        warm_up_ms=_warm_up(forward) + _warm_up(schedule) + max(0.0, float((captures - capture_ms).sum())),
     )
     return FittedCosts(
         model=model,
@@ -134,12 +135,13 @@ def _fit_or_zero(
     if len(values):
         return fit(names, features, values, never_outliers=never_outliers)
     nothing = np.zeros(0)
-    return Fit(names=names, coefficients=np.zeros(len(names)), scale=1.0, outliers=nothing > 0, residuals=nothing)
+    return Fit(names=names, coefficients=np.zeros(len(names)), outliers=nothing > 0, residuals=nothing)
 
 
-def _warm_up(forward: Fit) -> float:
+def _warm_up(cost: Fit) -> float:
+    """What outliers among the first steps took too much."""
     first = slice(0, WARM_UP_STEPS)
-    return max(0.0, float(forward.residuals[first][forward.outliers[first]].sum()))
+    return max(0.0, float(cost.residuals[first][cost.outliers[first]].sum()))
 
 
 def _captured_late(sizes: StepSizes, padding: Padding) -> np.ndarray:

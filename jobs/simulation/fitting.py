@@ -29,24 +29,22 @@ class Error:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """value = scale * (features @ coefficients); nothing is negative."""
+    """value = features @ coefficients; nothing is negative."""
 
     names: tuple[str, ...]
     coefficients: np.ndarray
-    scale: float
-    """Makes the sum right: stalls, which are outliers, come in other runs too."""
     outliers: np.ndarray
     """bool [values]"""
     residuals: np.ndarray
-    """[values] measured minus predicted, before `scale`"""
+    """[values] measured minus predicted"""
 
     def predict(self, features: Sequence[object]) -> np.ndarray:
         """One value for each entry of the features, which are numbers or arrays of one length."""
-        return self.scale * (_columns(features) @ self.coefficients)
+        return _columns(features) @ self.coefficients
 
     def predict_one(self, *features: float) -> float:
         """For a step loop: a tenth of the time of `predict`."""
-        return self.scale * sum(map(operator.mul, self.coefficients.tolist(), features))
+        return sum(map(operator.mul, self.coefficients.tolist(), features))
 
 
 def fit(
@@ -54,26 +52,19 @@ def fit(
     features: Sequence[object],
     values: np.ndarray,
     *,
-    num_warm_up: int = 0,
     doubted: Mapping[str, float] = MappingProxyType({}),
     never_outliers: np.ndarray | None = None,
 ) -> Fit:
     """Fits `values` [n] to `features`, each a number or an array [n].
 
-    Outliers among the first `num_warm_up` values are no stalls: they are left out of `scale`. Of each `doubted` name
-    one more value, as small as most and of the weight given, says that as much as there ever was of it costs nothing:
-    where the others explain as much, they are believed. `never_outliers` [n] are few and unlike the rest, and still
-    believed.
+    Of each `doubted` name one more value, as small as most and of the weight given, says that as much as there ever
+    was of it costs nothing: where the others explain as much, they are believed. `never_outliers` [n] are few and
+    unlike the rest, and still believed.
     """
     columns = _columns(features, len(values))
     doubts = np.array([doubted.get(name, 0.0) for name in names])
     coefficients, keep = _robust(columns, values, doubts, never_outliers)
-    predicted = columns @ coefficients
-    residuals = values - predicted
-    counted = keep.copy()
-    counted[num_warm_up:] = True
-    scale = values[counted].sum() / predicted[counted].sum() if predicted[counted].sum() > 0 else 1.0
-    return Fit(names=names, coefficients=coefficients, scale=float(scale), outliers=~keep, residuals=residuals)
+    return Fit(names=names, coefficients=coefficients, outliers=~keep, residuals=values - columns @ coefficients)
 
 
 def held_out_error(
@@ -93,7 +84,7 @@ def held_out_error(
     for fold in range(FOLDS):
         rest = part != fold
         one = fit(names, tuple(columns[rest].T), values[rest], doubted=doubted)
-        predicted[~rest] = one.scale * (columns[~rest] @ one.coefficients)
+        predicted[~rest] = columns[~rest] @ one.coefficients
     keep = ~fit(names, tuple(columns.T), values, doubted=doubted).outliers & (values > 0)
     relative = np.abs(predicted[keep] / values[keep] - 1)
     return Error(mape=float(relative.mean()), total=float(predicted.sum() / values.sum() - 1))

@@ -23,6 +23,8 @@ class Prediction:
     """From the first step's start to the last one's end, as a run's figures have it."""
     job_s: float
     """All phases: loading, capturing, generating, writing."""
+    latencies_s: np.ndarray
+    """[rows that ended] from a row's arrival in the engine to its end."""
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -36,16 +38,24 @@ class Predictor:
         self.run = run
         self.rows = RecordedRows(run)
         self.costs = self._fit()
+        self.ledger = BlockLedger()
+        """Of the run itself, simulated with its own settings, as is `own`."""
+        self.own = simulate(run, self.rows, self.costs.model, run.settings, recorders=[self.ledger])
+        self.calibration = self._calibration()
+        """Of the time of all steps: on average, what a run takes that the costs do not explain (stalls, mostly)."""
+
+    @property
+    def recorded(self) -> Prediction:
+        """Of the run itself."""
+        return self._prediction(self.run, self.own)
 
     def predict(self, settings: Settings) -> Prediction:
         """This run's rows with other settings."""
         return self._prediction(self.run, simulate(self.run, self.rows, self.costs.model, settings))
 
-    def predict_run(self, other: RecordedRun, ledger: BlockLedger | None = None) -> Prediction:
+    def predict_run(self, other: RecordedRun, ledger: BlockLedger) -> Prediction:
         """Another run's rows with its settings; `ledger` takes its block events."""
-        recorders = [] if ledger is None else [ledger]
-        rows = self.rows if other is self.run else RecordedRows(other)
-        outcome = simulate(other, rows, self.costs.model, other.settings, recorders=recorders)
+        outcome = simulate(other, RecordedRows(other), self.costs.model, other.settings, recorders=[ledger])
         return self._prediction(other, outcome)
 
     @cached_property
@@ -63,14 +73,26 @@ class Predictor:
             return costs
         return fit_costs(self.run, SharedReads(*(np.array(values) for values in zip(*shared, strict=True))))
 
+    def _calibration(self) -> float:
+        """1 for a run that cannot be simulated as it went."""
+        run, own = self.run, self.own
+        if not run.can_be_compared or own.num_steps != run.steps.num_rows:
+            return 1.0
+        return max(run.steps_seconds - self.costs.model.warm_up_ms / 1e3, 0.0) / own.seconds
+
     def _prediction(self, run: RecordedRun, outcome: Outcome) -> Prediction:
         mine = self.run
-        steps_s = outcome.seconds + self.costs.model.warm_up_ms / 1e3
+        steps_s = self.calibration * outcome.seconds + self.costs.model.warm_up_ms / 1e3
         recorded, predicted = mine.graph_sizes(mine.settings), run.graph_sizes(outcome.settings)
         num_graphs = len(predicted.decodes) / len(recorded.decodes) if recorded and predicted else 1.0
         outside_s = mine.seconds_of(*PHASES_OUTSIDE) + (num_graphs - 1.0) * mine.seconds_of("capture")
         around_s = max(mine.seconds_of("generate") - mine.steps_seconds, 0.0)
-        return Prediction(outcome=outcome, steps_s=steps_s, job_s=outside_s + around_s + steps_s)
+        return Prediction(
+            outcome=outcome,
+            steps_s=steps_s,
+            job_s=outside_s + around_s + steps_s,
+            latencies_s=self.calibration * outcome.latencies_s,
+        )
 
 
 def compare_events(run: RecordedRun, ledger: BlockLedger) -> str | None:

@@ -69,8 +69,13 @@ class RecordedRun:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it ran from beginning to end in one attempt, so that its events can be compared."""
+        """Whether it ran from beginning to end in one attempt."""
         return self.manifest["status"] == "complete" and len(self.manifest["attempts"]) == 1
+
+    @property
+    def can_be_compared(self) -> bool:
+        """Whether a simulation can do just what the run did."""
+        return self.is_whole and not self.arrives_by_time
 
     @property
     def settings(self) -> Settings:

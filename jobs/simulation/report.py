@@ -31,6 +31,9 @@ def fit_lines(predictor: Predictor) -> list[str]:
     if model.warm_up_ms:
         lines.append(f"  warm-up         {model.warm_up_ms:.0f} ms in all")
     lines.append(f"  error held out  {_error(costs)}; {costs.num_outliers} outliers")
+    lines.append(
+        f"  calibrated      {predictor.calibration:.3f} x the time of all steps: what this run took, costs and stalls"
+    )
     if costs.num_other_padding:
         lines.append(
             f"  note: {costs.num_other_padding:,} steps were padded otherwise than this version of nanovllm would"
@@ -40,7 +43,7 @@ def fit_lines(predictor: Predictor) -> list[str]:
 
 def _formula(cost: Fit) -> str:
     terms = [
-        f"{cost.scale * coefficient:.3g} x {name}"
+        f"{coefficient:.3g} x {name}"
         for name, coefficient in zip(cost.names, cost.coefficients, strict=True)
         if coefficient > 1e-12  # what a solver leaves of nothing
     ]
@@ -53,11 +56,9 @@ def _error(costs: FittedCosts) -> str:
     return f"a step's forward time {costs.error.mape:.1%} on average, the total {costs.error.total:+.2%}"
 
 
-def grid_table(
-    predictor: Predictor, same: Prediction, choices: Sequence[Choice], predictions: Sequence[Prediction | None]
-) -> list[str]:
-    """The recorded configuration first, which `same` predicts; `predictions` are None where a choice cannot be."""
-    run = predictor.run
+def grid_table(predictor: Predictor, choices: Sequence[Choice], predictions: Sequence[Prediction | None]) -> list[str]:
+    """The recorded configuration first; `predictions` are None where a choice cannot be."""
+    run, same = predictor.run, predictor.recorded
     rows = [_HEAD, ["as recorded, measured", f"{run.steps_seconds:.2f}", *_measured(run)]]
     rows.append(["as recorded, predicted", *_cells(same, same)])
     notes: list[str] = []
@@ -96,7 +97,7 @@ def _job_seconds(run: RecordedRun) -> str:
 
 def _cells(prediction: Prediction, same: Prediction) -> list[str]:
     outcome = prediction.outcome
-    latencies = outcome.latencies_s if len(outcome.latencies_s) else np.array([np.nan])
+    latencies = prediction.latencies_s if len(prediction.latencies_s) else np.array([np.nan])
     speed = prediction.output_tokens_per_s / same.output_tokens_per_s if same.output_tokens_per_s else np.nan
     return [
         f"{prediction.steps_s:.2f}",
