@@ -136,6 +136,7 @@ def test_a_run_that_was_cut_off_is_simulated_without_the_rows_that_never_ended(t
 
 def test_figures_of_a_simulation_are_those_of_the_run(tight: Finished):
     run = RecordedRun("run", tight.directory)
+    assert run.engine["architecture"]["vocab_size"] > 0
     outcome = Predictor(run).predict(run.settings).outcome
     figures = tight.manifest["figures"]
     assert outcome.num_steps == figures["num_steps"]
