@@ -5,6 +5,7 @@ import sys
 
 EXIT_USAGE = 2
 WORKLOAD = "workload="
+ROWS = "rows"
 
 BENCHMARKS = {
     "host": ("jobs.bench_host", "host work of decode and prefill steps, without a device"),
@@ -18,6 +19,8 @@ BENCHMARKS = {
 
 
 def main(words: list[str]) -> int:
+    if words[:1] == [ROWS]:
+        return _rows(words[1:])
     if any("=" in word or word.startswith("-") for word in words):
         return _workloads(words)
     if len(words) != 1 or words[0] not in BENCHMARKS:
@@ -31,11 +34,23 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _rows(words: list[str]) -> int:
+    from jobs.bench_rows import write_rows
+
+    try:
+        write_rows(words)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
 def _usage(words: list[str]) -> str:
     from jobs.workloads import WORKLOADS
 
     lines = [f"error: jobs.bench takes one benchmark's name or workload=..., not {' '.join(words) or 'nothing'}:"]
     lines += [f"  python -m jobs.bench {name:14s} {about}" for name, (_, about) in BENCHMARKS.items()]
+    lines += ["  python -m jobs.bench rows workload=NAME out=FILE    a workload as a generate job's input"]
     lines += [f"  python -m jobs.bench workload={','.join(WORKLOADS)}"]
     lines += [f"    {name:10s} {kind.about}" for name, kind in WORKLOADS.items()]
     return "\n".join(lines)

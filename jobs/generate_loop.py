@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jobs.journal import VALUE_BYTES, Journal
 from jobs.progress import Progress
-from jobs.ration import Ration
+from jobs.ration import take_rows
 from jobs.row_feed import RowFeed
 from jobs.rows import BadRow, InputRow
 from jobs.stop import StopRequest
@@ -116,17 +116,18 @@ class GenerateLoop:
             error.add_note(f"and the running sequences could not be ended: {type(second).__name__}: {second}")
 
     def _feed(self, stop: StopRequest) -> bool:
-        """Take rows in while few wait for the engine, a ration at a time; whether there may be more."""
-        scheduler = self._engine.scheduler
-        ration = Ration(scheduler.max_num_batched_tokens)
-        while self._engine.num_waiting < scheduler.max_num_seqs and not ration.is_spent:
+        """Take rows in; whether there may be more."""
+
+        def take() -> int | None:
             row = self._rows.take(self._in_step or not self._engine.has_work(), stop)
             if row is None:
-                break
+                return None
             if isinstance(row, BadRow):
                 self._fail(row)
-            else:
-                ration.take(self._take(row))
+                return 0
+            return self._take(row)
+
+        take_rows(self._engine, take)
         return not self._rows.ended
 
     def _take(self, row: InputRow) -> int:

@@ -22,10 +22,10 @@ from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_toke
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
+from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
 from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
-from nanovllm.runner.step_graphs import GraphSizes, graph_sizes
 from nanovllm.text import load_tokenizer
 
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -48,8 +48,13 @@ class Assembly:
     """The device's own name."""
 
     def facts(self) -> dict[str, object]:
-        """The settings with every automatic choice made, for a manifest."""
-        return {**self.settings, "num_kv_blocks": self.num_kv_blocks, "kv_bytes": self.kv_bytes}
+        """The settings with every automatic choice made, and the model's shape, for a manifest."""
+        return {
+            **self.settings,
+            "num_kv_blocks": self.num_kv_blocks,
+            "kv_bytes": self.kv_bytes,
+            "architecture": _architecture(self.model_config),
+        }
 
 
 def assemble(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.plan import Runner
-from nanovllm.engine.scheduler import Commit, Ended, Scheduler
+from nanovllm.engine.plan import Plan, Runner, StepResult
+from nanovllm.engine.scheduler import Commit, Ended, Scheduled, Scheduler
 from nanovllm.engine.sequence import Sequence, StopCheck
 from nanovllm.errors import PromptError
 from nanovllm.events import ArrivalEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
@@ -39,8 +39,10 @@ class SequenceOutput:
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
-    event: ScheduleEvent
+    plan: Plan
     schedule_ms: float
+    event: ScheduleEvent | None
+    """None where nobody listened when it was scheduled."""
 
 
 class LLMEngine:
@@ -64,7 +66,8 @@ class LLMEngine:
         self.scheduler = scheduler
         self.runner = runner
         self.recorders = list(recorders)
-        """Told of everything, in this order; more may join between two steps."""
+        """Told of everything, in this order; more may join between two steps. A step is told to nobody if nobody was
+        there when it was scheduled."""
         self.clock = clock
         self.next_step = first_step
         """The number that the next step to be scheduled gets."""
@@ -177,7 +180,39 @@ class LLMEngine:
         scheduled = self.scheduler.schedule(self.next_step, start_ns)
         if scheduled is None:
             return False
-        event = ScheduleEvent(
+        event = self._schedule_event(scheduled, start_ns) if self.recorders else None
+        if event is None:
+            self._blocks.drain_events()
+        schedule_ms = (self.clock() - start_ns) / 1e6
+        if event is not None:
+            for recorder in self.recorders:
+                recorder.on_schedule(event)
+        self.next_step += 1
+        try:
+            self.runner.submit(scheduled.plan)
+        except BaseException as error:
+            self._failure = error
+            raise
+        self._in_flight.append(_Submitted(scheduled.plan, schedule_ms, event))
+        return True
+
+    def _commit(self, submitted: _Submitted) -> list[SequenceOutput]:
+        try:
+            result = self.runner.collect()
+        except BaseException as error:
+            self._failure = error
+            raise
+        end_ns = self.clock()
+        commit = self.scheduler.commit(submitted.plan, result.token_ids, end_ns)
+        self.last_committed = submitted.plan.step
+        if submitted.event is None:
+            self._blocks.drain_events()
+        else:
+            self._tell(submitted.event, submitted.schedule_ms, result, commit, end_ns)
+        return [self._finish(ended) for ended in commit.ended]
+
+    def _schedule_event(self, scheduled: Scheduled, start_ns: int) -> ScheduleEvent:
+        return ScheduleEvent(
             plan=scheduled.plan,
             start_ns=start_ns,
             num_waiting=scheduled.num_waiting,
@@ -188,33 +223,15 @@ class LLMEngine:
             free_blocks=self._blocks.num_free,
             used_blocks=self._blocks.num_used,
         )
-        schedule_ms = (self.clock() - start_ns) / 1e6
-        for recorder in self.recorders:
-            recorder.on_schedule(event)
-        self.next_step += 1
-        try:
-            self.runner.submit(scheduled.plan)
-        except BaseException as error:
-            self._failure = error
-            raise
-        self._in_flight.append(_Submitted(event, schedule_ms))
-        return True
 
-    def _commit(self, submitted: _Submitted) -> list[SequenceOutput]:
-        try:
-            result = self.runner.collect()
-        except BaseException as error:
-            self._failure = error
-            raise
-        end_ns = self.clock()
-        plan = submitted.event.plan
-        commit: Commit = self.scheduler.commit(plan, result.token_ids, end_ns)
-        self.last_committed = plan.step
+    def _tell(
+        self, schedule: ScheduleEvent, schedule_ms: float, result: StepResult, commit: Commit, end_ns: int
+    ) -> None:
         event = StepEvent(
-            schedule=submitted.event,
+            schedule=schedule,
             result=result,
             end_ns=end_ns,
-            schedule_ms=submitted.schedule_ms,
+            schedule_ms=schedule_ms,
             postprocess_ms=(self.clock() - end_ns) / 1e6,
             sampled=commit.sampled,
             finished=tuple(ended.fact() for ended in commit.ended),
@@ -226,7 +243,6 @@ class LLMEngine:
         )
         for recorder in self.recorders:
             recorder.on_step(event)
-        return [self._finish(ended) for ended in commit.ended]
 
     def _finish(self, ended: Ended) -> SequenceOutput:
         seq = ended.sequence

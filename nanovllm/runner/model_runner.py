@@ -16,9 +16,10 @@ from nanovllm.layers.attention import AttentionMeta, AttentionRows
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.runner.batch import BlockTables, PackedBatch, pack
 from nanovllm.runner.device_state import DeviceState
+from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.runner.memory import device_memory
 from nanovllm.runner.sampling_table import settings_rows
-from nanovllm.runner.step_graphs import GraphSizes, StepGraphs, StepShape
+from nanovllm.runner.step_graphs import StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding, Uploader
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from torch import Tensor
 from nanovllm.config import LLMConfig
 from nanovllm.engine.plan import Admission, Plan
 from nanovllm.models.model_config import Qwen3Config
+from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.runner.kv_cache import allocate
 from nanovllm.runner.memory import free_host_memory
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.step_graphs import GraphSizes
 from nanovllm.sampling_params import ResolvedSampling
 
 MIN_GRAPH_BYTES = 2**20

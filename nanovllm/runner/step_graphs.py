@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.runner.graph_sizes import GraphSizes, next_size
 from nanovllm.runner.uploads import FixedInputs
 
 MIN_ROWS_WITH_PREFIX = 4
@@ -23,47 +24,6 @@ class StepShape:
     """Whether rows may prefill; otherwise every token is a decode row."""
     shares_prefixes: bool
     """Whether prefixes that decode rows share are read apart."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphSizes:
-    """The sizes that steps are padded to, ascending."""
-
-    decodes: list[int]
-    """Rows of decode steps."""
-    tokens: list[int]
-    """Tokens of steps with prefills; empty where those run at their own size."""
-    sampled: list[int]
-    """Rows of logits of steps with prefills."""
-
-    def most_graphs(self) -> int:
-        """How many shapes steps can have."""
-        with_prefills = sum(size <= _next(self.sampled, count) for count in self.tokens for size in self.sampled)
-        return 2 * len(self.decodes) + with_prefills
-
-    def largest(self) -> "GraphSizes":
-        """The last of each: whose memory the others share."""
-        return GraphSizes(decodes=self.decodes[-1:], tokens=self.tokens[-1:], sampled=self.sampled[-1:])
-
-
-def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int, *, with_prefills: bool) -> GraphSizes:
-    """Sizes that hold every step, with little padding where padding costs.
-
-    Decode steps are dense up to 256, where a matrix product takes the same time whatever its rows, and beyond every
-    64th. Steps with prefills mostly fill max_num_batched_tokens.
-    """
-    decodes = {1, 2, 4, 8, 16, 24, *range(32, 256, 32), *range(256, max_num_seqs, 64)}
-    tokens = {64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, *range(4096, max_num_batched_tokens, 1024)}
-    sampled = {16 << i for i in range(12)}
-
-    def up_to(sizes: set[int], most: int) -> list[int]:
-        return [*sorted(size for size in sizes if size < most), most]
-
-    return GraphSizes(
-        decodes=up_to(decodes, max_num_seqs),
-        tokens=up_to(tokens, max_num_batched_tokens) if with_prefills else [],
-        sampled=up_to(sampled, max_num_seqs),
-    )
 
 
 StepFunction = Callable[[Mapping[str, Tensor], StepShape], Tensor]
@@ -120,8 +80,8 @@ class StepGraphs:
         """The shape that such a step runs at, where it has one."""
         assert self.has_shapes(prefills=prefills)
         if not prefills:
-            return self._decode_shape(_next(self.sizes.decodes, num_tokens), shares_prefixes)
-        return self._prefill_shape(_next(self.sizes.tokens, num_tokens), _next(self.sizes.sampled, num_sampled))
+            return self._decode_shape(next_size(self.sizes.decodes, num_tokens), shares_prefixes)
+        return self._prefill_shape(next_size(self.sizes.tokens, num_tokens), next_size(self.sizes.sampled, num_sampled))
 
     def send(self, shape: StepShape, arrays: Mapping[str, np.ndarray]) -> None:
         """The inputs of the next run."""
@@ -164,8 +124,3 @@ class StepGraphs:
             graph.capture_end()
         torch.cuda.synchronize()
         prepared.graph = graph
-
-
-def _next(sizes: list[int], count: int) -> int:
-    """The least of the ascending `sizes` that holds `count`; the last one where none does."""
-    return next((size for size in sizes if size >= count), sizes[-1])

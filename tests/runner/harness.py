@@ -12,8 +12,8 @@ from nanovllm.assembly import Assembly, assemble
 from nanovllm.config import EngineConfig, KVConfig, LLMConfig, ModelConfig
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.events import Recorder, StepEvent
+from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.step_graphs import GraphSizes
 from nanovllm.sampling_params import SamplingParams
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.runner.step_graphs import GraphSizes, StepGraphs, StepShape, graph_sizes
+from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
+from nanovllm.runner.step_graphs import StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding
 
 FILL = -5

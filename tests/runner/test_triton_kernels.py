@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.runner.step_graphs import GraphSizes
+from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.sampling_params import SamplingParams
 from tests.checkpoints import write_checkpoint
 from tests.kernels.paged import DEVICE

@@ -1,0 +1,153 @@
+"""The words of the command line, and what is done with them."""
+
+import glob
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.simulation import report
+from jobs.simulation.block_ledger import BlockLedger
+from jobs.simulation.grid import Choice, search_words, span
+from jobs.simulation.predictor import Prediction, Predictor, compare_events
+from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.settings import KEYS
+from jobs.summary import show
+from jobs.usage import UsageError
+from nanovllm.quiet_gc import collector_kept_out
+
+HELP = f"""python -m jobs.simulate run=DIR [key=value,value ...] [search=true]
+python -m jobs.simulate run=DIR against=DIR [against=DIR ...]
+
+Runs the rows of a recorded run through the real scheduler and block manager, with the time that each step would take
+by a cost model fitted on the recorded steps. Makes no run directory and needs no GPU.
+
+  run=      a run directory, taken as it stands
+  key=      of a job's configuration, with commas between several values: {", ".join(KEYS)}
+  search=   true: says which of the configurations is best; without any key, of some around the recorded one
+  against=  other runs (a directory or a glob) on the same device with the same model: their rows and settings are
+            simulated with the costs of run=, and what comes out stands beside what was measured"""
+
+
+@dataclass(slots=True)
+class _Words:
+    run: str = ""
+    against: list[str] = field(default_factory=list)
+    search: bool = False
+    grid: list[str] = field(default_factory=list)
+
+
+def run(words: Sequence[str]) -> int:
+    """Prints fit and predictions; UsageError for what its user can cure."""
+    if {"--help", "-h"} & set(words):
+        show(HELP)
+        return 0
+    said = _parse(words)
+    predictor = Predictor(RecordedRun("run", Path(said.run)))
+    with collector_kept_out():  # it would look through every row again and again
+        if said.against:
+            _against(predictor, said.against)
+        else:
+            _grid(predictor, said)
+    return 0
+
+
+def _parse(words: Sequence[str]) -> _Words:
+    said = _Words()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in ("run", "against", "search") and not value:
+            raise UsageError(f"{word}: has no value; write {key}={'true' if key == 'search' else 'DIR'}")
+        if key == "run":
+            if said.run:
+                raise UsageError(f"{word}: one run is simulated, and run={said.run} is named already")
+            said.run = value
+        elif key == "against":
+            said.against.append(value)
+        elif key == "search":
+            if value not in ("true", "false"):
+                raise UsageError(f"{word}: must be true or false")
+            said.search = value == "true"
+        elif not equals:
+            raise UsageError(f"{word}: not a word of this command; write key=value, or --help")
+        else:
+            said.grid.append(word)
+    if not said.run:
+        raise UsageError("run=DIR is missing: the directory of the run to simulate")
+    if said.against and (said.grid or said.search):
+        raise UsageError(f"{(said.grid or ['search=true'])[0]}: has no place beside against=, whose runs say it all")
+    return said
+
+
+def _grid(predictor: Predictor, said: _Words) -> None:
+    recorded = predictor.run
+    words = said.grid or (search_words(recorded.settings) if said.search else [])
+    most_len = recorded.engine.get("architecture", {}).get("max_position_embeddings")
+    choices = span(words, recorded.settings, most_len) if words else []
+    show("\n".join([*report.fit_lines(predictor), *_rows_lines(predictor), ""]))
+    began = time.perf_counter()
+    predictions = [_predict(predictor, choice) for choice in choices]
+    seconds = time.perf_counter() - began
+    lines = report.grid_table(predictor, choices, predictions)
+    lines.append(f"block events with the recorded settings: {_compared(recorded, predictor.ledger)}")
+    if choices:
+        predicted = sum(prediction.steps_s for prediction in predictions if prediction)
+        lines.append(_speed(len(choices), seconds, predicted))
+    if said.search:
+        lines += report.best_lines(choices, predictions, predictor.recorded)
+    show("\n".join(lines))
+
+
+def _predict(predictor: Predictor, choice: Choice) -> Prediction | None:
+    return None if choice.settings is None else predictor.predict(choice.settings)
+
+
+def _against(predictor: Predictor, patterns: Sequence[str]) -> None:
+    runs = [RecordedRun("against", path) for pattern in patterns for path in _directories(pattern)]
+    show("\n".join([*report.fit_lines(predictor), ""]))
+    predictions, events, seconds = [], [], 0.0
+    for other in runs:
+        ledger = BlockLedger()
+        began = time.perf_counter()
+        predictions.append(predictor.predict_run(other, ledger))
+        seconds += time.perf_counter() - began
+        events.append(_compared(other, ledger))
+    lines = report.against_table(runs, predictions, events)
+    predicted = sum(prediction.steps_s for prediction in predictions)
+    lines.append(_speed(len(runs), seconds, predicted))
+    show("\n".join(lines))
+
+
+def _speed(num_runs: int, seconds: float, predicted: float) -> str:
+    """`predicted`: seconds of all their steps."""
+    return (
+        f"{num_runs} simulated in {seconds:.2f} s, {predicted / max(seconds, 1e-9):.0f} times faster than their steps"
+    )
+
+
+def _directories(pattern: str) -> list[Path]:
+    if Path(pattern).is_dir():
+        return [Path(pattern)]
+    found = sorted(Path(path) for path in glob.glob(pattern) if Path(path).is_dir())
+    if not found:
+        raise UsageError(f"against={pattern}: there is no such directory")
+    return found
+
+
+def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
+    if not run.can_be_compared:
+        why = "its rows came by time" if run.is_whole else "it was interrupted"
+        return f"not compared ({why})"
+    difference = compare_events(run, ledger)
+    return f"identical ({len(ledger.columns()['step']):,})" if difference is None else f"differ at {difference}"
+
+
+def _rows_lines(predictor: Predictor) -> list[str]:
+    rows = predictor.rows
+    lines = [f"{len(rows):,} rows, {int(rows.num_output_tokens.sum()):,} output tokens"]
+    if rows.num_left_out:
+        lines.append(f"  note: {rows.num_left_out:,} rows never ended and are left out")
+    if rows.num_known_outputs < len(rows):
+        missing = len(rows) - rows.num_known_outputs
+        lines.append(f"  note: of {missing:,} rows the output tokens are gone; prefixes that they share are not seen")
+    return lines

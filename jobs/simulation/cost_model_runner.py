@@ -1,0 +1,141 @@
+"""A Runner that computes nothing: it knows what each step would cost, and how the recorded rows went on."""
+
+from collections import deque
+
+import numpy as np
+
+from jobs.simulation.cost_model import CostModel
+from jobs.simulation.forward_cost import SharedReads
+from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.shared_reads import SharedReadsFinder
+from jobs.simulation.step_sizes import Padding, StepSizes, sizes_of_plan
+from nanovllm.engine.plan import Plan, StepResult
+
+
+class CostModelRunner:
+    """Has the engine's clock: the host's time, which goes on when the host works or waits.
+
+    With a look-ahead of 1 the device is at one step while the host prepares the next, as on a GPU; with 0 a step has
+    run when the host goes on, as on a CPU. Times are milliseconds in floating point, the clock's whole nanoseconds.
+    """
+
+    def __init__(
+        self,
+        model: CostModel,
+        rows: RecordedRows,
+        padding: Padding,
+        *,
+        lookahead: int,
+        max_num_seqs: int,
+        finder: SharedReadsFinder | None,
+    ) -> None:
+        """`finder` for a runner whose attention reads shared prefixes once."""
+        self.lookahead = lookahead
+        self.shared: list[SharedReads] = []
+        """Of each step, where a finder is."""
+        self.most_rows = 0
+        self.most_tokens = 0
+        """Of a step, padded."""
+        self._model = model
+        self._padding = padding
+        self._finder = finder
+        self._now = 0.0
+        self._device_free = 0.0
+        self._results: deque[tuple[StepResult, float]] = deque()
+        self._captured: set[tuple[int, int]] = set()
+        self._output_tokens = rows.output_tokens
+        self._output_ends = np.append(rows.output_starts[1:], len(rows.output_tokens)) - 1
+        self._output_starts = rows.output_starts
+        self._rows = rows
+        # By seq_id: where the token at position 0 would stand, and the last place of the sequence's output.
+        self._bases = np.zeros(len(rows), np.int64)
+        self._lasts = np.zeros(len(rows), np.int64)
+        alone = np.arange(max_num_seqs + 1)
+        zeros = np.zeros_like(alone)
+        decodes = StepSizes(alone, alone, alone, alone, zeros, zeros)
+        self._decode_forward_ms = model.forward_ms(decodes, padding, SharedReads()).tolist()
+        self._decode_submit_ms = model.submit_ms(decodes).tolist()
+        self._decode_gap_ms = model.gap_ms(decodes)[0].item()
+        one = np.array([0, 1])
+        per_token = StepSizes(one * 0, one * 0, one * 0, one * 0, one, one * 0)
+        self._context_ms = float(np.diff(model.forward_ms(per_token, padding, SharedReads()))[0])
+
+    # The clock
+
+    def clock(self) -> int:
+        """Nanoseconds."""
+        return round(self._now * 1e6)
+
+    def spend(self, ms: float) -> None:
+        """The host is at work."""
+        self._now += ms
+
+    def wait_until(self, ns: float) -> None:
+        self._now = max(self._now, ns / 1e6)
+
+    # The sequences
+
+    def expect(self, seq_id: int, index: int) -> None:
+        """The engine's new sequence is the recorded row at `index`."""
+        self._bases[seq_id] = self._output_starts[index] - self._rows.num_prompt_tokens[index]
+        self._lasts[seq_id] = self._output_ends[index]
+
+    # What a Runner does
+
+    def submit(self, plan: Plan) -> None:
+        sizes = sizes_of_plan(plan)
+        shared = self._find_shared(plan)
+        rows = sizes.num_rows
+        tokens, sampled = self._padding.padded(sizes)
+        self.most_rows = max(self.most_rows, rows)
+        self.most_tokens = max(self.most_tokens, tokens)
+        if sizes.num_decodes == rows and shared is None:
+            submit_ms, gap_ms = self._decode_submit_ms[rows], self._decode_gap_ms
+            forward_ms = self._decode_forward_ms[rows] + self._context_ms * sizes.decode_context
+        else:
+            arrays = StepSizes(*(np.array([value]) for value in sizes))
+            submit_ms, gap_ms = self._model.submit_ms(arrays).item(), self._model.gap_ms(arrays).item()
+            forward_ms = self._model.forward_ms(arrays, self._padding, shared or SharedReads()).item()
+        prefills = sizes.num_decodes < rows
+        submit_ms += self._capture_ms(tokens, sampled) if prefills else 0.0
+        self._now += submit_ms
+        self._device_free = max(self._device_free, self._now) + forward_ms + gap_ms
+        if not self.lookahead:
+            self._now = self._device_free
+        has_graph = self._padding.has_graph(prefills=prefills)
+        result = StepResult(
+            token_ids=self._tokens(plan),
+            prepare_ms=submit_ms,
+            forward_ms=forward_ms,
+            padded_batch_size=rows if prefills else tokens,
+            padded_tokens=tokens,
+            cuda_graph=has_graph,
+            logits_rows=sampled,
+        )
+        self._results.append((result, self._device_free))
+
+    def collect(self) -> StepResult:
+        result, done = self._results.popleft()
+        self._now = max(self._now, done)
+        return result
+
+    def _tokens(self, plan: Plan) -> np.ndarray:
+        seq_ids, places = plan.seq_ids, plan.starts + plan.num_tokens
+        if plan.num_decodes < len(seq_ids):
+            seq_ids, places = seq_ids[plan.samples], places[plan.samples]
+        return self._output_tokens[np.minimum(self._bases[seq_ids] + places, self._lasts[seq_ids])]
+
+    def _capture_ms(self, tokens: int, sampled: int) -> float:
+        """Of a graph that is not there yet; it begins when the device is done."""
+        shape = tokens, sampled
+        if shape in self._captured or not self._padding.is_captured_late(*shape):
+            return 0.0
+        self._captured.add(shape)
+        return max(self._device_free - self._now, 0.0) + self._model.capture_ms
+
+    def _find_shared(self, plan: Plan) -> SharedReads | None:
+        if self._finder is None:
+            return None
+        shared = self._finder.find(plan)
+        self.shared.append(shared)
+        return shared if shared.saved else None

@@ -1,0 +1,89 @@
+"""What a step's time on the device depends on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.step_sizes import Padding, StepSizes
+
+FEATURES = (
+    "step",
+    "step with prefills",
+    "tokens up to 16",
+    "tokens up to 64",
+    "rows of logits",
+    "TFLOP",
+    "decode context",
+    "pairs",
+)
+DOUBTED = MappingProxyType({"step with prefills": 1.0, "tokens up to 16": 0.1, "tokens up to 64": 0.1, "pairs": 0.1})
+"""Weights. A run whose steps with prefills are all alike cannot tell the first and the last from the operations, one of
+few sequences the others from the rows of logits. That there are prefills at all costs little by itself."""
+GPU_KNEE = 256
+"""Padded tokens up to which a GPU's matrix products take the time of reading the weights, whatever the tokens."""
+
+
+class SharedReads(NamedTuple):
+    """What shared prefixes change in a step's decode attention; numbers, or arrays [steps]."""
+
+    saved: Any = 0
+    """Tokens whose KV is not read again."""
+    pairs: Any = 0
+    """(row, token) pairs of the prefixes that are read once for several rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFeatures:
+    """Turns the sizes of steps into FEATURES, by the shape of the model and the kind of device.
+
+    One feature counts floating-point operations, so that what only a wide batch, a long prompt or many rows of logits
+    show is predicted from whichever of these the recorded run had. Up to the knee, matrix products cost their weights.
+    """
+
+    knee: int
+    body: float
+    """TFLOP of a token's matrix products, the head's apart."""
+    head: float
+    """TFLOP of a row of logits."""
+    pair: float
+    """TFLOP of a (query, key) pair in the attention of all layers."""
+
+    @classmethod
+    def of(cls, run: RecordedRun) -> "ForwardFeatures":
+        return cls.of_model(run.engine.get("architecture"), on_gpu=run.on_gpu)
+
+    @classmethod
+    def of_model(cls, c: Mapping[str, Any] | None, *, on_gpu: bool) -> "ForwardFeatures":
+        """`c` is the model's shape, as a manifest has it; without it (older runs) tokens alone count as operations."""
+        knee = GPU_KNEE if on_gpu else 0
+        if c is None:
+            return cls(knee=knee, body=1e-9, head=0.0, pair=0.0)
+        hidden, heads, kv_heads = c["hidden_size"], c["num_attention_heads"], c["num_kv_heads"]
+        attention = hidden * c["head_dim"] * (2 * heads + 2 * kv_heads)
+        layer = attention + 3 * hidden * c["intermediate_size"]
+        return cls(
+            knee=knee,
+            body=2e-12 * c["num_layers"] * layer,
+            head=2e-12 * hidden * c["vocab_size"],
+            pair=4e-12 * c["num_layers"] * heads * c["head_dim"],
+        )
+
+    def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> tuple[Any, ...]:
+        """FEATURES of steps whose sizes are arrays."""
+        tokens, logits_rows = padding.padded(sizes)
+        pairs = sizes.prefill_pairs + shared.pairs
+        products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
+        return (
+            1.0,
+            sizes.num_decodes < sizes.num_rows,
+            np.minimum(tokens, 16),
+            np.minimum(tokens, 64),
+            logits_rows,
+            products + self.pair * pairs,
+            sizes.decode_context - shared.saved,
+            pairs,
+        )

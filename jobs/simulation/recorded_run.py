@@ -1,0 +1,151 @@
+"""A run as its directory tells it: what a simulation starts from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.manifest import NAME
+from jobs.record_parts import read_records
+from jobs.record_schemas import SCHEMA_VERSION
+from jobs.simulation.settings import Settings
+from jobs.usage import UsageError
+from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
+
+PHASES_OUTSIDE = ("load", "capture", "write", "finish")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Of the manifest; nanoseconds of the run's clock."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+
+    @property
+    def seconds(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9
+
+
+class RecordedRun:
+    """Manifest and tables of one run, complete or not. UsageError where they do not allow a simulation."""
+
+    def __init__(self, key: str, directory: Path) -> None:
+        self.directory = directory
+        self._key = key
+        self.manifest = self._read_manifest()
+        if "engine" not in self.manifest:
+            raise self._error("its manifest has no `engine`: the run ended before its engine was built")
+        self.engine: dict[str, Any] = self.manifest["engine"]
+        self.steps = self._read("steps")
+        self.requests = self._read("requests")
+        if self.steps.num_rows == 0:
+            raise self._error("holds no step; was it recorded with recorder=off, or killed at once?")
+        if len(np.unique(self.column("replica"))) > 1:
+            raise self._error("has several replicas; one engine is simulated")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.engine["device"] != "cpu"
+
+    @property
+    def lookahead(self) -> int:
+        """As ModelRunner.lookahead: on a GPU the next step is scheduled while one runs."""
+        return 1 if self.on_gpu else 0
+
+    @property
+    def arrives_by_time(self) -> bool:
+        """Whether rows came when they came, from a pipe, rather than as soon as the engine wanted them."""
+        return self.manifest["config"].get("input") == "-"
+
+    @property
+    def reads_shared_prefixes_once(self) -> bool:
+        """Whether attention reads a prefix once for all the rows that share it."""
+        return self.engine["attention"].startswith("triton")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ran from beginning to end in one attempt."""
+        return self.manifest["status"] == "complete" and len(self.manifest["attempts"]) == 1
+
+    @property
+    def can_be_compared(self) -> bool:
+        """Whether a simulation can do just what the run did."""
+        return self.is_whole and not self.arrives_by_time
+
+    @property
+    def settings(self) -> Settings:
+        engine = self.engine
+        return Settings(
+            block_size=engine["block_size"],
+            num_blocks=engine["num_kv_blocks"],
+            prefix_caching=engine["enable_prefix_caching"],
+            max_num_seqs=engine["max_num_seqs"],
+            max_num_batched_tokens=engine["max_num_batched_tokens"],
+            max_model_len=engine["max_model_len"],
+        )
+
+    def graph_sizes(self, settings: Settings) -> GraphSizes | None:
+        """Of this run's runner with other settings; None where it uses no CUDA graphs."""
+        if self.engine["cuda_graphs"].startswith("off"):
+            return None
+        with_prefills = self.reads_shared_prefixes_once  # one kernel's work lists make both possible
+        return graph_sizes(settings.max_num_seqs, settings.max_num_batched_tokens, with_prefills=with_prefills)
+
+    def block_events(self) -> pa.Table:
+        return self._read("block_events")
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the steps without nulls."""
+        return self.steps[name].to_numpy()
+
+    def lists(self, name: str) -> np.ndarray:
+        """A column of lists of the steps, one step's values after the other's."""
+        return pa.concat_arrays([chunk.flatten() for chunk in self.steps[name].chunks]).to_numpy(zero_copy_only=False)
+
+    def phases(self) -> list[Phase]:
+        """Of the last attempt that has any."""
+        attempts = [attempt["phases"] for attempt in self.manifest["attempts"] if attempt["phases"]]
+        last = attempts[-1] if attempts else []
+        return [Phase(phase["name"], phase["start_ns"], phase["end_ns"]) for phase in last]
+
+    def seconds_of(self, *names: str) -> float:
+        """What phases of these names took together."""
+        return sum(phase.seconds for phase in self.phases() if phase.name in names)
+
+    @property
+    def steps_seconds(self) -> float:
+        """From the first step's start to the last one's end; of several attempts the sum."""
+        starts, ends, attempts = self.column("start_ns"), self.column("end_ns"), self.column("attempt")
+        each = [ends[attempts == a].max() - starts[attempts == a].min() for a in np.unique(attempts)]
+        return float(sum(each)) / 1e9
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.directory / NAME
+        if not path.is_file():
+            raise self._error(f"is no run directory: it has no {NAME}")
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise self._error(f"its {NAME} cannot be read: {error}") from error
+        missing = [name for name in ("config", "status", "attempts") if name not in content]
+        if missing:
+            raise self._error(f"its {NAME} lacks {', '.join(missing)}")
+        return content
+
+    def _read(self, table: str) -> pa.Table:
+        try:
+            content = read_records(self.directory, table)
+        except (OSError, pa.ArrowException) as error:
+            raise self._error(f"its records cannot be read: {error}") from error
+        version = (content.schema.metadata or {}).get(b"schema_version", b"").decode()
+        if version != SCHEMA_VERSION:
+            raise self._error(f"its records have schema_version {version or 'nothing'}; {SCHEMA_VERSION} is read")
+        return content
+
+    def _error(self, message: str) -> UsageError:
+        return UsageError(f"{self._key}={self.directory}: {message}")

@@ -1,0 +1,179 @@
+"""Runs the recorded rows through the real engine, with a runner that only knows what steps cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jobs.ration import take_rows
+from jobs.simulation.cost_model import CostModel
+from jobs.simulation.cost_model_runner import CostModelRunner
+from jobs.simulation.forward_cost import SharedReads
+from jobs.simulation.recorded_rows import EOS, RecordedRows
+from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.settings import Settings
+from jobs.simulation.shared_reads import SharedReadsFinder
+from jobs.simulation.step_sizes import Padding
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import PromptError
+from nanovllm.events import Recorder
+from nanovllm.sampling_params import ResolvedSampling
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a simulated run amounts to. Times are the simulated clock's."""
+
+    settings: Settings
+    num_steps: int = 0
+    seconds: float = 0.0
+    """From the first step's start to the last one's end."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    """Rows that this configuration cannot serve, by code."""
+    num_shorter: int = 0
+    """Rows that end before they did in the record, at engine.max_model_len."""
+    latencies_s: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """[rows that ended] from a row's arrival in the engine to its end."""
+    most_rows: int = 0
+    """Of a step."""
+    most_tokens: int = 0
+    """Of a step, padded."""
+    shared: list[SharedReads] = field(default_factory=list)
+    """Of each step, where the runner reads shared prefixes once."""
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.num_output_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that came from the prefix cache, as in a run's figures."""
+        return self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
+
+
+def simulate(
+    run: RecordedRun,
+    rows: RecordedRows,
+    model: CostModel,
+    settings: Settings,
+    *,
+    recorders: Sequence[Recorder] = (),
+) -> Outcome:
+    """The rows as the generate job would feed them to an engine with these settings on `run`'s device."""
+    simulation = _Simulation(run, rows, model, settings, recorders)
+    simulation.run()
+    return simulation.outcome
+
+
+class _Simulation:
+    def __init__(
+        self,
+        run: RecordedRun,
+        rows: RecordedRows,
+        model: CostModel,
+        settings: Settings,
+        recorders: Sequence[Recorder],
+    ) -> None:
+        finder = None
+        if run.reads_shared_prefixes_once and settings.prefix_caching:
+            finder = SharedReadsFinder(settings.max_num_seqs, settings.max_model_len, settings.block_size)
+        self._runner = CostModelRunner(
+            model,
+            rows,
+            Padding.of(run, settings),
+            lookahead=run.lookahead,
+            max_num_seqs=settings.max_num_seqs,
+            finder=finder,
+        )
+        scheduler = Scheduler(
+            BlockManager(settings.num_blocks, settings.block_size, prefix_caching=settings.prefix_caching),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=settings.max_model_len,
+            eos_token_ids=(EOS,),
+        )
+        self._engine = LLMEngine(scheduler, self._runner, recorders=recorders, clock=self._runner.clock)
+        self._model = model
+        self._rows = rows
+        self._by_time = run.arrives_by_time
+        self._next = 0
+        self._num_failed_before = np.diff(rows.row, prepend=-1).clip(1) - 1  # rows of the input that never ran
+        self._arrived: dict[int, float] = {}
+        self._latencies: list[float] = []
+        self._samplings: dict[int | None, ResolvedSampling] = {}
+        self._rows_in = self._tokens_in = 0
+        self.outcome = Outcome(settings=settings)
+
+    def run(self) -> None:
+        engine, runner = self._engine, self._runner
+        end_ns = 0
+        while True:
+            self._feed()
+            if not engine.has_work():
+                if self._next == len(self._rows):
+                    break
+                runner.wait_until(self._rows.arrived_ns[self._next])
+                continue
+            num_rows = engine.scheduler.num_running
+            outputs = engine.step()
+            end_ns = runner.clock()
+            for output in outputs:
+                self._finish(output, end_ns)
+            runner.spend(self._model.after_ms(num_rows, len(outputs)))
+        outcome = self.outcome
+        outcome.num_steps = engine.next_step
+        outcome.seconds = end_ns / 1e9
+        outcome.latencies_s = np.array(self._latencies)
+        outcome.shared = runner.shared
+        outcome.most_rows, outcome.most_tokens = runner.most_rows, runner.most_tokens
+
+    def _feed(self) -> None:
+        self._rows_in = self._tokens_in = 0
+        take_rows(self._engine, self._take)
+        if self._rows_in and self._engine.next_step:  # what came before the first step is not its time
+            self._runner.spend(self._model.intake_ms(self._rows_in, self._tokens_in))
+
+    def _take(self) -> int | None:
+        """As GenerateLoop: a row that fails counts as one without tokens."""
+        index, rows = self._next, self._rows
+        if index == len(rows):
+            return None
+        if self._num_failed_before[index]:
+            self._num_failed_before[index] -= 1
+            return 0
+        if self._by_time and rows.arrived_ns[index] > self._runner.clock():
+            return None
+        self._next += 1
+        prompt = rows.prompt(index)
+        try:
+            seq_id = self._engine.add(
+                prompt, self._sampling(rows.max_tokens[index]), row=index, sample=int(rows.sample[index])
+            )
+        except PromptError as error:
+            self.outcome.refused[error.code] = self.outcome.refused.get(error.code, 0) + 1
+            return 0
+        self._runner.expect(seq_id, index)
+        self._arrived[seq_id] = self._runner.clock()
+        self._rows_in += 1
+        self._tokens_in += len(prompt)
+        self.outcome.num_prompt_tokens += len(prompt)
+        return len(prompt)
+
+    def _sampling(self, max_tokens: int | None) -> ResolvedSampling:
+        if max_tokens not in self._samplings:
+            self._samplings[max_tokens] = ResolvedSampling(max_tokens=max_tokens)
+        return self._samplings[max_tokens]
+
+    def _finish(self, output: SequenceOutput, end_ns: int) -> None:
+        outcome = self.outcome
+        self._latencies.append((end_ns - self._arrived.pop(output.seq_id)) / 1e9)
+        outcome.num_cached_tokens += output.num_cached_tokens
+        outcome.num_output_tokens += len(output.token_ids)
+        outcome.num_preemptions += output.num_preemptions
+        outcome.num_shorter += len(output.token_ids) < self._rows.num_output_tokens[output.row]

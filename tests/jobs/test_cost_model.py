@@ -1,0 +1,213 @@
+"""Records that follow a known law: the fit finds it, and the simulated clock adds it up exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.simulation.block_ledger import BlockLedger
+from jobs.simulation.cost_model import CostModel
+from jobs.simulation.fitting import fit, held_out_error
+from jobs.simulation.forward_cost import FEATURES
+from jobs.simulation.predictor import Predictor
+from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.settings import Settings
+from jobs.simulation.simulator import simulate
+from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes, sizes_of_plan
+from nanovllm.events import Recorder, ScheduleEvent
+from nanovllm.runner.graph_sizes import graph_sizes, next_size
+from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run
+
+SMALL = replace(SETTINGS, num_blocks=2000, max_num_seqs=96, max_num_batched_tokens=1024)
+FORWARD = {"step": 1.5, "tokens up to 64": 0.004, "rows of logits": 0.01, "TFLOP": 1.6, "decode context": 1e-4}
+LAW = law(
+    forward=FORWARD,
+    gap={"step": 0.02},
+    submit={"step": 0.15, "row": 0.0003, "prefill token": 5e-5},
+    postprocess={"step": 0.05, "row": 0.0002, "finished row": 0.01},
+    between={"step": 0.03, "finished row": 0.05, "new prompt token": 1e-5},
+    capture_ms=30.0,
+)
+
+
+def rows(count: int, seed: int, *, shared: int = 0) -> list[Row]:
+    """Random lengths; each prompt begins with the same `shared` tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = zip(rng.integers(shared + 20, shared + 300, count), rng.integers(5, 120, count), strict=True)
+    made = [Row(num_prompt_tokens=int(prompt), num_output_tokens=int(output)) for prompt, output in lengths]
+    return [
+        replace(row, shared_prefix_row=0, shared_prefix_tokens=shared) if shared and place else row
+        for place, row in enumerate(made)
+    ]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    directory = tmp_path_factory.mktemp("law") / "recorded"
+    write_run(directory, rows(150, 1), LAW, SMALL)
+    return Predictor(RecordedRun("run", directory))
+
+
+def test_the_fit_finds_the_law(recorded: Predictor):
+    model, costs = recorded.costs.model, recorded.costs
+    found = dict(zip(FEATURES, model.forward.coefficients, strict=True))
+    expected = {name: pytest.approx(FORWARD.get(name, 0.0), rel=0.02, abs=2e-3) for name in FEATURES}
+    assert {name: value for name, value in found.items() if value != expected[name]} == {}
+    assert model.capture_ms == pytest.approx(30.0, rel=1e-3)
+    assert costs.num_late_captures > 3
+    assert costs.num_other_padding == 0
+    assert costs.error.mape < 0.002
+    assert abs(costs.error.total) < 0.001
+
+
+OTHERS = {
+    "other lengths": (SMALL, rows(200, 2)),
+    "larger batches": (replace(SMALL, max_num_seqs=128), rows(300, 3)),
+    "smaller steps": (replace(SMALL, max_num_batched_tokens=256), rows(100, 4)),
+    "a tight cache, with preemptions": (
+        replace(SMALL, num_blocks=300),
+        [replace(row, num_prompt_tokens=30, num_output_tokens=2 * row.num_output_tokens) for row in rows(100, 5)],
+    ),
+    "large blocks, a shared prefix": (replace(SMALL, block_size=32, num_blocks=1000), rows(100, 6, shared=256)),
+    "one row": (SMALL, rows(1, 7)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_under_the_same_law_is_predicted(recorded: Predictor, name: str, tmp_path: Path):
+    settings, others = OTHERS[name]
+    measured = write_run(tmp_path / "other", others, LAW, settings)
+    if "preemptions" in name:
+        assert measured.num_preemptions > 5
+    if "shared" in name:
+        assert measured.hit_rate > 0.3
+        assert max(shared.saved for shared in measured.shared) > 4096
+    other = RecordedRun("against", tmp_path / "other")
+    prediction = recorded.predict_run(other, BlockLedger())
+    assert prediction.steps_s == pytest.approx(other.steps_seconds, rel=0.003)
+    assert prediction.steps_s == pytest.approx(measured.seconds, rel=0.003)
+    assert prediction.outcome.num_preemptions == measured.num_preemptions
+    assert np.quantile(prediction.outcome.latencies_s, 0.99) == pytest.approx(
+        np.quantile(measured.latencies_s, 0.99), rel=0.01
+    )
+
+
+def test_a_law_without_a_term_predicts_otherwise(recorded: Predictor, tmp_path: Path):
+    """The negative control: the same rows on a device that reads its cache four times as slowly."""
+    slow = law(forward={**FORWARD, "decode context": 4e-4}, capture_ms=30.0)
+    write_run(tmp_path / "slow", rows(200, 2), slow, SMALL)
+    other = RecordedRun("against", tmp_path / "slow")
+    assert recorded.predict_run(other, BlockLedger()).steps_s < 0.8 * other.steps_seconds
+
+
+def clock_of(tmp_path: Path, costs: CostModel, *, on_gpu: bool, row: Row) -> float:
+    """Seconds that the steps of one row take; no graphs, so nothing is captured."""
+    return write_run(tmp_path / f"{on_gpu}", [row], costs, SMALL, on_gpu=on_gpu, graphs=False).seconds
+
+
+HOST_MS, AFTER_MS, GAP_MS = 3.0, 0.5, 0.25
+
+
+@pytest.mark.parametrize(
+    ("forward_ms", "on_gpu", "expected_ms"),
+    [
+        # 4 steps one after the other: 3 to submit, 10 + 0.25 to run; 0.5 between two of them.
+        (10.0, False, 4 * (HOST_MS + 10.0 + GAP_MS) + 3 * AFTER_MS),
+        # Look-ahead, the device is slower: the host is seen once, before the first step.
+        (10.0, True, HOST_MS + 4 * (10.0 + GAP_MS)),
+        # Look-ahead, the host is slower: steps 0 to 3 are submitted at 3, 6, 9.5, 13; the last one's result follows.
+        (1.0, True, 4 * HOST_MS + 2 * AFTER_MS + 1.0 + GAP_MS),
+    ],
+)
+def test_the_clock_adds_up(tmp_path: Path, forward_ms: float, on_gpu: bool, expected_ms: float):
+    costs = law(
+        forward={"step": forward_ms},
+        gap={"step": GAP_MS},
+        submit={"step": HOST_MS},
+        between={"step": AFTER_MS},
+        on_gpu=on_gpu,
+    )
+    row = Row(num_prompt_tokens=10, num_output_tokens=4)
+    assert clock_of(tmp_path, costs, on_gpu=on_gpu, row=row) * 1e3 == pytest.approx(expected_ms, abs=1e-5)
+
+
+def test_a_late_capture_waits_for_the_device(tmp_path: Path):
+    """Step 0 has a shape of its own, and the host another 20 ms; decode shapes are there from the start."""
+    costs = law(forward={"step": 10.0}, submit={"step": 1.0}, capture_ms=20.0)
+    outcome = write_run(tmp_path / "run", [Row(num_prompt_tokens=10, num_output_tokens=2)], costs, SMALL)
+    assert outcome.seconds * 1e3 == pytest.approx(20.0 + 1.0 + 2 * 10.0, abs=1e-5)
+
+
+class _Plans(Recorder):
+    def __init__(self) -> None:
+        self.sizes: list[StepSizes] = []
+
+    def on_schedule(self, event: ScheduleEvent) -> None:
+        self.sizes.append(sizes_of_plan(event.plan))
+
+
+def test_sizes_of_plans_are_those_of_their_records(recorded: Predictor):
+    plans = _Plans()
+    simulate(recorded.run, recorded.rows, LAW, SMALL, recorders=[plans])
+    from_records = recorded_sizes(recorded.run)
+    assert {len(plans.sizes)} == {len(column) for column in from_records}
+    for place, column in enumerate(from_records):
+        assert column.tolist() == [sizes[place] for sizes in plans.sizes]
+    assert any(sizes.prefill_pairs and sizes.num_decodes for sizes in plans.sizes)
+
+
+@pytest.mark.parametrize(("seqs", "tokens"), [(1, 64), (100, 1000), (700, 9000)])
+def test_steps_are_padded_as_the_runner_pads_them(recorded: Predictor, seqs: int, tokens: int):
+    settings = replace(SMALL, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    padding, sizes = Padding.of(recorded.run, settings), graph_sizes(seqs, tokens, with_prefills=True)
+    for count in range(1, seqs + 1):
+        assert padding.padded(StepSizes(count, count, count, count, 0, 0))[0] == next_size(sizes.decodes, count)
+        both = padding.padded(StepSizes(count, count - 1, count, count, 0, 0))
+        assert both == (next_size(sizes.tokens, count), next_size(sizes.sampled, count))
+
+
+def test_outliers_do_not_bend_a_fit():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 1000, 500).astype(float)
+    values = 2.0 + 0.01 * tokens
+    values[100:500:50] += 100.0
+    values[3] += 5000.0  # a warm-up
+    found = fit(("step", "token"), (1.0, tokens), values)
+    assert found.coefficients == pytest.approx([2.0, 0.01])
+    assert np.flatnonzero(found.outliers).tolist() == [3, *range(100, 500, 50)]
+    error = held_out_error(("step", "token"), (1.0, tokens), values, num_warm_up=16)
+    assert error.mape < 1e-6
+    assert error.total == pytest.approx(-800 / values[16:].sum(), rel=1e-6)  # what the outliers take in all
+
+
+def test_no_cost_is_negative():
+    tokens = np.arange(1.0, 100.0)
+    found = fit(("step", "token"), (1.0, tokens), 10.0 - 0.05 * tokens)
+    assert (found.coefficients >= 0).all()
+
+
+def test_what_a_run_cannot_tell_apart_is_not_put_on_a_doubted_cost():
+    """One step with prefills: its time goes to its tokens, not to there being prefills."""
+    tokens = np.array([1.0] * 50 + [1000.0])
+    found = fit(("step", "prefill", "token"), (1.0, tokens > 1, tokens), 1.0 + 0.1 * tokens, doubted={"prefill": 0.1})
+    assert found.predict((np.ones(1), np.ones(1), np.full(1, 500.0))) == pytest.approx(51.0, rel=0.01)
+
+
+def test_shared_prefixes_are_read_once_where_the_runner_reads_them_once(tmp_path: Path):
+    """Saved tokens shorten a step under a law by which the context counts, and only there."""
+    others = rows(60, 8, shared=512)
+    costs = law(forward={"step": 1.0, "decode context": 1e-3})
+    once = write_run(tmp_path / "once", others, costs, SMALL)
+    each = write_run(tmp_path / "each", others, costs, SMALL, attention="flash_attn (asked for)")
+    assert each.shared == []
+    saved = sum(shared.saved for shared in once.shared)
+    assert saved > 100_000
+    assert each.seconds - once.seconds == pytest.approx(saved * 1e-6, rel=1e-6)
+
+
+def test_settings_keep_the_bytes_of_the_cache():
+    assert SETTINGS.changed({"kv.block_size": 64}).num_blocks == SETTINGS.num_blocks // 4
+    assert SETTINGS.changed({"kv.block_size": 64, "kv.num_blocks": 7}).num_blocks == 7
+    assert SETTINGS.changed({"kv.num_blocks": None, "kv.block_size": None}) == SETTINGS
+    assert isinstance(SETTINGS.changed({}), Settings)
