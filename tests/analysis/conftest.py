@@ -22,4 +22,4 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Killed twice, then complete."""
-    return make_run(tmp_path_factory.mktemp("made") / "resumed", stops_after=[40, 60])
+    return make_run(tmp_path_factory.mktemp("made") / "resumed", stops_after=[41, 60])
