@@ -20,7 +20,7 @@ class Segment:
     attempt: Attempt
 
     @cached_property
-    def _step_rows(self) -> np.ndarray:
+    def step_rows(self) -> np.ndarray:
         steps = self.run.steps
         return np.flatnonzero(self._are_here(steps["replica"].to_numpy(), steps["attempt"].to_numpy()))
 
@@ -29,24 +29,24 @@ class Segment:
 
     def column(self, name: str) -> np.ndarray:
         """A column of the steps."""
-        return self.run.step_column(name)[self._step_rows]
+        return self.run.step_column(name)[self.step_rows]
 
     @property
     def num_steps(self) -> int:
-        return len(self._step_rows)
+        return len(self.step_rows)
 
     @cached_property
     def sequences(self) -> StepSequences:
         flat = self.run.step_sequences
         place = np.full(self.run.steps.num_rows, -1, np.int64)
-        place[self._step_rows] = np.arange(self.num_steps)
+        place[self.step_rows] = np.arange(self.num_steps)
         here = np.flatnonzero(place[flat.step_row] >= 0)
         names = ("seq_id", "num_tokens", "context_len", "cached_tokens", "sampled")
         return StepSequences(step_row=place[flat.step_row[here]], **{name: getattr(flat, name)[here] for name in names})
 
     def id_lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A list column of seq_ids as (place of the step, seq_id), one entry for each id."""
-        lengths, ids = tables.lists(self.run.steps.select([name]).take(self._step_rows), name)
+        lengths, ids = tables.lists(self.run.steps.select([name]).take(self.step_rows), name)
         return np.repeat(np.arange(len(lengths)), lengths), ids.astype(np.int64)
 
     @cached_property
