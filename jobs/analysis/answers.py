@@ -1,9 +1,9 @@
 """The answered rows of a run, complete or not."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 
 from jobs.usage import UsageError
 from jobs.writer import FAILURES_NAME, PARTIAL_NAME, generations_name
-
-COLUMNS = ("row", "sample", "num_prompt_tokens", "num_output_tokens", "num_token_ids")
 
 
 class _Line(msgspec.Struct):
@@ -68,10 +66,10 @@ def read_tokens(run: Path) -> dict[tuple[int, int], list[int]]:
     return {(line.row, line.sample): line.token_ids for line in lines}
 
 
-def failed_rows(run: Path) -> list[int]:
-    """Row numbers of failures.jsonl, in its order."""
+def failures(run: Path) -> list[dict[str, Any]]:
+    """The lines of failures.jsonl, in its order."""
     path = run / FAILURES_NAME
-    return [json.loads(line)["row"] for line in whole_lines(path)] if path.is_file() else []
+    return [msgspec.json.decode(line) for line in whole_lines(path)] if path.is_file() else []
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:

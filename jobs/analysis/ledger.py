@@ -104,6 +104,11 @@ class Ledger:
         there = (last >= 0) & (kind[last] == KIND[COMMIT])
         return there, np.where(there, self.events.block_hash[last], np.uint64(0))
 
+    @cached_property
+    def last_commit(self) -> np.ndarray:
+        """[events] The event that published the block most recently before; -1 where none has."""
+        return self._by_block.last_before(self.events.kind == KIND[COMMIT])
+
     # Of each sequence
 
     @cached_property
@@ -204,7 +209,7 @@ class Ledger:
         return differs & (events.kind != KIND[COMMIT])
 
     def _displaced_hits(self) -> np.ndarray:
-        commit = self._by_block.last_before(self.events.kind == KIND[COMMIT])
+        commit = self.last_commit
         hits = (self.events.kind == KIND[HIT]) & (commit >= 0)
         return hits & (self.column[commit] != self.column)
 

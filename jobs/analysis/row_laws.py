@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jobs.analysis import tables
-from jobs.analysis.answers import Answers, failed_rows, read_answers
+from jobs.analysis.answers import Answers, failures, read_answers
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.violation import Violation
 
@@ -42,7 +42,7 @@ def step_number_violations(run: RecordedRun) -> Iterator[Violation]:
 
 def row_violations(run: RecordedRun) -> Iterator[Violation]:
     """Each row is answered once or has failed once, as its request says."""
-    answers, failed = read_answers(run.path), failed_rows(run.path)
+    answers, failed = read_answers(run.path), [failure["row"] for failure in failures(run.path)]
     keys = list(zip(answers.row.tolist(), answers.sample.tolist(), strict=True))
     for (row, sample), count in Counter(keys).items():
         if count > 1:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jobs.analysis.ledger import KIND, Ledger
+from jobs.analysis.lives import lives
 from jobs.analysis.segments import Segment
 from jobs.analysis.violation import Violation
 from nanovllm.events import HIT
@@ -92,15 +93,9 @@ class StepLaws:
     def _contexts(self) -> Iterator[Violation]:
         """A sequence's context grows by its tokens and those from the cache; a preemption takes it back to nothing."""
         flat = self.segment.sequences
-        order = np.lexsort((flat.step_row, flat.seq_id))
+        found = lives(self.segment)
+        order, begins = found.order, found.begins
         seq_id, step_row = flat.seq_id[order], flat.step_row[order]
-        begins = np.ones(len(order), np.bool_)
-        begins[1:] = seq_id[1:] != seq_id[:-1]
-        at, preempted = self.segment.id_lists("preempted_seq_ids")
-        if len(at):
-            begins[1:] |= _num_up_to(preempted, at, seq_id[1:], step_row[1:]) > _num_up_to(
-                preempted, at, seq_id[:-1], step_row[:-1]
-            )
         context = flat.context_len[order]
         before = np.zeros(len(order), np.int64)
         before[1:] = context[:-1]
