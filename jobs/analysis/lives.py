@@ -114,8 +114,9 @@ def _preempted(segment: Segment, found: Lives) -> Pieces:
     width = segment.num_steps + 1
     keys = np.sort(preempted * width + at)
     gone = keys[np.searchsorted(keys, seq_id * width + step_row, "right") - 1] % width if len(again) else again
-    start = segment.column("start_ns")
-    return _pieces(PREEMPTED, seq_id, start[gone], start[step_row])
+    start, end = segment.column("start_ns"), segment.column("end_ns")
+    last = segment.sequences.step_row[found.order][again - 1]  # it may have been under way when its row was preempted
+    return _pieces(PREEMPTED, seq_id, np.maximum(start[gone], end[last]), start[step_row])
 
 
 def _times(segment: Segment, found: Lives) -> tuple[np.ndarray, np.ndarray]:

@@ -69,7 +69,7 @@ class SequenceLife:
         row = self._row_of_seq.get(int(seq_id))
         return f"seq_id {seq_id}, whose request was not recorded" if row is None else f"row {row}"
 
-    def _ms(self, time_ns: float) -> float:
+    def _ms(self, time_ns: Any) -> float:
         return (time_ns - self.request["arrived_ns"]) / 1e6
 
     def _events(self) -> Iterator[str]:
@@ -104,14 +104,12 @@ class SequenceLife:
         first = np.searchsorted(self.segment.sequences.step_row, row)
         return entry - first < self.segment.column("num_decode_tokens")[row]
 
-    def _admitted(self, row: int, entry: int, since_ns: int) -> Iterator[str]:
+    def _admitted(self, row: int, entry: int, since_ns: Any) -> Iterator[str]:
         segment = self.segment
         start, waiting = segment.column("start_ns")[row], segment.column("num_waiting")[row]
-        queued_ms = (start - since_ns) / 1e6
-        yield (
-            f"  {self._ms(start):9.1f} ms  step {segment.column('step')[row]}: scheduled after {queued_ms:.1f} ms in the "
-            f"queue; {waiting:,} rows still wait"
-        )
+        queued = f"scheduled after {(start - since_ns) / 1e6:.1f} ms in the queue"
+        step = segment.column("step")[row]
+        yield f"  {self._ms(start):9.1f} ms  step {step}: {queued}; {waiting:,} rows still wait"
         hits = self._hits_of_step(int(segment.column("step")[row]))
         cached = int(segment.sequences.cached_tokens[entry])
         if cached:
