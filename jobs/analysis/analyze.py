@@ -1,11 +1,14 @@
 """Explains a run: where its time went, what it was like, and what could be better."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from jobs.analysis.program import EXIT_DONE, Analysis
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.run_paths import find_runs
+
+REPORT = "report.html"
 
 
 def _run(values: Mapping[str, str]) -> int:
@@ -19,22 +22,40 @@ def _run(values: Mapping[str, str]) -> int:
             print(query(connection, values["sql"]), end="")
         return EXIT_DONE
     figures = [RunFigures.of(run) for run in runs]
-    print(_screen(figures))
+    if len(figures) == 1:
+        _one(figures[0])
+    else:
+        _several(figures, Path(values["run"]))
     return EXIT_DONE
 
 
-def _screen(figures: list[RunFigures]) -> str:
-    if len(figures) == 1:
-        from jobs.analysis.screen import screen
+def _one(figures: RunFigures) -> None:
+    from jobs.analysis.report_data import run_data
+    from jobs.analysis.screen import screen
 
-        return screen(figures[0])
+    print(screen(figures))
+    _write_report(figures.run.path, run_data(figures))
+
+
+def _several(figures: list[RunFigures], sweep: Path) -> None:
+    from jobs.analysis.report_data import sweep_data
     from jobs.analysis.sweep_screen import sweep_screen
 
-    return sweep_screen(figures)
+    print(sweep_screen(figures))
+    if sweep.is_dir():  # what a glob finds has no place of its own
+        _write_report(sweep, sweep_data(sweep.name, figures))
+
+
+def _write_report(directory: Path, data: dict[str, object]) -> None:
+    from jobs.analysis.output_file import write_output
+    from jobs.analysis.report_page import page
+
+    path = write_output(directory / REPORT, page(data))
+    print(f"\n{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 ANALYSIS = Analysis(
-    about="Explains where the time of a run went and writes report.html into its directory; compares a sweep's runs.",
+    about=f"Explains where the time of a run went and writes {REPORT} into its directory; compares a sweep's runs.",
     keys={
         "run": "a run directory, the directory of a sweep, or a glob of these",
         "sql": "a query over the views steps, block_events, requests, generations and runs; it is answered instead",
