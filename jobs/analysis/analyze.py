@@ -7,6 +7,7 @@ from jobs.analysis.program import EXIT_DONE, Analysis
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.run_paths import find_runs
+from jobs.analysis.terminal import show
 
 REPORT = "report.html"
 
@@ -19,7 +20,7 @@ def _run(values: Mapping[str, str]) -> int:
         from jobs.analysis.views import connect, query
 
         with connect(runs) as connection:
-            print(query(connection, values["sql"]), end="")
+            show(query(connection, values["sql"]).splitlines())
         return EXIT_DONE
     figures = [RunFigures.of(run) for run in runs]
     if len(figures) == 1:
@@ -33,7 +34,7 @@ def _one(figures: RunFigures) -> None:
     from jobs.analysis.report_data import run_data
     from jobs.analysis.screen import screen
 
-    print(screen(figures))
+    show(screen(figures))
     _write_report(figures.run.path, run_data(figures))
 
 
@@ -41,7 +42,7 @@ def _several(figures: list[RunFigures], sweep: Path) -> None:
     from jobs.analysis.report_data import sweep_data
     from jobs.analysis.sweep_screen import sweep_screen
 
-    print(sweep_screen(figures))
+    show(sweep_screen(figures))
     if sweep.is_dir():  # what a glob finds has no place of its own
         _write_report(sweep, sweep_data(sweep.name, figures))
 
@@ -51,7 +52,7 @@ def _write_report(directory: Path, data: dict[str, object]) -> None:
     from jobs.analysis.report_page import page
 
     path = write_output(directory / REPORT, page(data))
-    print(f"\n{path}  {path.stat().st_size / 1e6:.1f} MB")
+    show(["", f"{path}  {path.stat().st_size / 1e6:.1f} MB"])
 
 
 ANALYSIS = Analysis(

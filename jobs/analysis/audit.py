@@ -12,6 +12,7 @@ from jobs.analysis.row_laws import row_violations, step_number_violations
 from jobs.analysis.run_paths import find_runs
 from jobs.analysis.segments import Segment, segments
 from jobs.analysis.step_laws import StepLaws
+from jobs.analysis.terminal import show
 from jobs.analysis.violation import Violation
 
 
@@ -95,7 +96,7 @@ def _left_over(segment: Segment, ledger: Ledger) -> Iterator[Violation]:
 def _run(values: Mapping[str, str]) -> int:
     audits = [audit(path) for path in find_runs("run", values["run"])]
     for found in audits:
-        print(found)
+        show(str(found).splitlines())
     return EXIT_FOUND if any(found.first for found in audits) else EXIT_DONE
 
 

@@ -56,9 +56,7 @@ def block_map(segments: list[Segment], num_blocks: int, edges_ns: np.ndarray) ->
     return BlockMap(used=share(1), cached=share(2), first_block=chosen[firsts], stride=stride)
 
 
-def _draw(
-    segment: Segment, num_blocks: int, chosen: np.ndarray, edges_ns: np.ndarray, state: np.ndarray
-) -> None:
+def _draw(segment: Segment, num_blocks: int, chosen: np.ndarray, edges_ns: np.ndarray, state: np.ndarray) -> None:
     """Writes the segment's states into `state`: 0 empty, 1 in use, 2 cached."""
     events, ledger = segment.events, Ledger(segment.events, num_blocks)
     holds = ledger.hash_before[0] & (events.kind != KIND[EVICT])

@@ -6,6 +6,7 @@ from jobs.analysis.comparison import Comparison
 from jobs.analysis.program import EXIT_DONE, EXIT_FOUND, Analysis
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_paths import find_run
+from jobs.analysis.terminal import show
 
 
 def _run(values: Mapping[str, str]) -> int:
@@ -13,8 +14,7 @@ def _run(values: Mapping[str, str]) -> int:
     for run in (a, b):
         run.require_records()
     comparison = Comparison(a, b)
-    for line in comparison.lines():
-        print(line)
+    show(comparison.lines())
     return EXIT_DONE if comparison.same else EXIT_FOUND
 
 

@@ -8,6 +8,7 @@ from jobs.analysis.program import EXIT_DONE, Analysis
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.row_life import lives_of_row
 from jobs.analysis.run_paths import find_run
+from jobs.analysis.terminal import show
 from jobs.usage import UsageError
 
 
@@ -17,9 +18,10 @@ def _run(values: Mapping[str, str]) -> int:
     lives = lives_of_row(run, row)
     failed = [failure for failure in failures(run.path) if failure["row"] == row]
     for failure in failed:
-        print(f"row {row} failed: {failure['code']}: {failure['reason']} ({failure['file']}, line {failure['line']})")
+        where = f"{failure['file']}, line {failure['line']}"
+        show([f"row {row} failed: {failure['code']}: {failure['reason']} ({where})"])
     for life in lives:
-        print("\n".join(life.lines()))
+        show(life.lines())
     if not lives and not failed:
         run.require_records()
         raise UsageError(f"row={row}: no request of {run.path} has it, and it has not failed; {_known_rows(run)}")

@@ -92,7 +92,10 @@ def _facts(figures: RunFigures) -> list[list[str]]:
 
 
 def _steps(figures: RunFigures) -> Data:
-    """Columns over the steps in the order of their ends; a mark stands for `each` steps that follow one another."""
+    """Columns over the steps in the order of their ends; a mark stands for `each` steps that follow one another.
+
+    A mark has the sums of tokens, times and preemptions, the means of the rest, and the commonest phase.
+    """
     column = figures.run.step_column
     order = np.argsort(column("end_ns"), kind="stable")
     each = -(-len(order) // MOST_STEPS)
@@ -105,18 +108,21 @@ def _steps(figures: RunFigures) -> Data:
     def mean(name: str) -> list[float]:
         return _rounded(summed(column(name)) / (lasts - firsts + 1), 1 if each > 1 else 0)
 
-    phase = np.array([PHASE_CODES.index(word) for word in column("phase").tolist()])
+    phase = tables.codes(figures.run.steps, "phase", PHASE_CODES)
+    commonest = np.argmax([summed(phase == code) for code in range(len(PHASE_CODES))], axis=0)
+    real = column("num_prefill_tokens") + column("num_decode_tokens")
     host = column("schedule_ms") + column("prepare_ms") + column("postprocess_ms")
     sampled = np.bincount(figures.run.step_sequences.step_row, figures.run.step_sequences.sampled, len(order))
     return {
         "each": each,
         "start": _rounded(column("start_ns")[order][firsts] / 1e6, 3),
         "end": _rounded(np.maximum.reduceat(column("end_ns")[order], firsts) / 1e6, 3),
-        "phase": np.minimum.reduceat(phase[order], firsts).tolist(),
+        "first": column("step")[order][firsts].tolist(),
+        "phase": commonest.tolist(),
         "batch": mean("batch_size"),
         "prefill": _rounded(summed(column("num_prefill_tokens")), 0),
         "sampled": _rounded(summed(sampled), 0),
-        "padding": _rounded(summed(column("padded_num_tokens") - column("num_prefill_tokens") - column("num_decode_tokens")), 0),
+        "padding": _rounded(summed(column("padded_num_tokens") - real), 0),
         "forward": _rounded(summed(column("forward_ms")), 3),
         "host": _rounded(summed(host), 3),
         "waiting": mean("num_waiting"),

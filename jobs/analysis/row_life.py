@@ -9,7 +9,6 @@ import numpy as np
 
 from jobs.analysis.ledger import KIND, Ledger
 from jobs.analysis.recorded_run import RecordedRun
-from jobs.analysis.screen import printable
 from jobs.analysis.segments import Segment, segments
 from jobs.analysis.time_ledger import tail_steps
 from nanovllm.events import COMMIT, EVICT, HIT
@@ -29,7 +28,7 @@ class SequenceLife:
         request, segment = self.request, self.segment
         several = f" of attempt {segment.attempt.number}" if len(segment.run.attempts) > 1 else ""
         yield (
-            f"row {request['row']} ({printable(request['id'])}), sample {request['sample']}: "
+            f"row {request['row']} ({request['id']}), sample {request['sample']}: "
             f"seq_id {request['seq_id']}{several}; {request['num_prompt_tokens']:,} tokens in, "
             f"{request['num_output_tokens']:,} out, ended by {request['finish_reason']}"
         )

@@ -14,12 +14,8 @@ PLOT_WIDTH = 60
 NUM_SLOW_ROWS = 3
 
 
-def screen(figures: RunFigures) -> str:
+def screen(figures: RunFigures) -> Iterator[str]:
     """About 45 lines of up to 120 characters."""
-    return "\n".join(_lines(figures))
-
-
-def _lines(figures: RunFigures) -> Iterator[str]:
     run = figures.run
     model = (run.manifest.get("model") or {}).get("path") or (run.manifest.get("config") or {}).get("model", {}).get(
         "path"
@@ -48,8 +44,7 @@ def _lines(figures: RunFigures) -> Iterator[str]:
     yield from _latencies(figures)
     yield "slowest rows"
     for slow in slow_rows(run, figures.latencies, NUM_SLOW_ROWS):
-        name = printable(slow.id)
-        yield f"  row {slow.row} ({name[:24]})  {slow.total_ms / 1e3:.2f} s: {slow.reason}"
+        yield f"  row {slow.row} ({slow.id[:24]})  {slow.total_ms / 1e3:.2f} s: {slow.reason}"
     findings = Findings(figures).top()
     yield "findings" if findings else "findings: none; nothing stands out"
     for number, finding in enumerate(findings, start=1):
@@ -113,8 +108,3 @@ def _latencies(figures: RunFigures) -> Iterator[str]:
 
 def _milliseconds(value: float) -> str:
     return "-" if value != value else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def printable(text: str) -> str:
-    """Text of a user without what a terminal would obey."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

@@ -31,11 +31,7 @@ def config_deltas(runs: Sequence[RecordedRun]) -> dict[str, list[object]]:
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
-def sweep_screen(all_figures: Sequence[RunFigures]) -> str:
-    return "\n".join(_lines(all_figures))
-
-
-def _lines(all_figures: Sequence[RunFigures]) -> Iterator[str]:
+def sweep_screen(all_figures: Sequence[RunFigures]) -> Iterator[str]:
     runs = [figures.run for figures in all_figures]
     deltas = config_deltas(runs)
     facts = [figures.facts() for figures in all_figures]

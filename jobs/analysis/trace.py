@@ -8,6 +8,7 @@ from jobs.analysis.output_file import write_output
 from jobs.analysis.program import EXIT_DONE, Analysis
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_paths import find_run
+from jobs.analysis.terminal import show
 from jobs.analysis.trace_events import trace_events
 
 NAME = "trace.json"
@@ -19,7 +20,7 @@ def _run(values: Mapping[str, str]) -> int:
     encode = msgspec.json.Encoder().encode
     events = b",\n".join(encode(event) for event in trace_events(run))
     path = write_output(run.path / NAME, b'{"displayTimeUnit":"ms","traceEvents":[\n' + events + b"\n]}\n")
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB; open it in the Perfetto viewer")
+    show([f"{path}  {path.stat().st_size / 1e6:.1f} MB; open it in the Perfetto viewer"])
     return EXIT_DONE
 
 

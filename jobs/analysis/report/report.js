@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const root = document.getElementById("report");
 const COLORS = {
   prefill: "#d98032", mixed: "#b05fa6", decode: "#4a7dbd", waiting: "#c9ced7", preempted: "#cc3d3d", sampled: "#4a7dbd",
-  padding: "#b9bfc9", batch: "#2a6f4e", queue: "#9aa3b0", forward: "#4a7dbd", host: "#d98032", used: "#4a7dbd",
+  padding: "#b9bfc9", forward: "#4a7dbd", host: "#d98032", used: "#4a7dbd",
   cached: "#8fc79a", free: "#eef1f5", ink: "#1d2430", faint: "#6b7484", line: "#d9dee6",
 };
 const LEFT = 58, RIGHT = 10, TOP = 6, BOTTOM = 20;
@@ -203,6 +203,11 @@ function visible(steps, view) {
   return [first, last];
 }
 
+function highest(steps, view, values) {
+  const [first, last] = visible(steps, view);
+  return most(values.slice(first, last + 1));
+}
+
 // From the end of the mark before, so that steps that overlap share the time between them.
 const begin = (steps, i) => (i ? Math.max(steps.end[i - 1], Math.min(steps.start[i], steps.end[i])) : steps.start[i]);
 
@@ -236,10 +241,10 @@ function line(plot, pen, steps, values, color, top) {
 
 function drawSteps(view, steps) {
   const phases = ["prefill", "mixed", "decode"];
-  const about = steps.each > 1 ? `Each mark stands for ${steps.each} steps that follow one another: means, or sums where it says so. ` : "";
+  const about = steps.each > 1 ? `Each mark stands for ${steps.each} steps that follow one another: their mean, and the phase of most of them. ` : "";
   const describe = (time) => {
     const i = stepAt(steps, time);
-    const named = steps.each > 1 ? `steps ${i * steps.each} to ${(i + 1) * steps.each - 1}` : `step ${i}`;
+    const named = steps.each > 1 ? `steps ${steps.first[i]} to ${steps.first[i] + steps.each - 1}` : `step ${steps.first[i]}`;
     return `${seconds(time)}: ${named}, ${phases[steps.phase[i]]}, batch ${number(steps.batch[i])}, waiting ${number(steps.waiting[i])}, ` +
       `${number(steps.prefill[i])} prompt tokens, ${number(steps.sampled[i])} sampled, ${number(steps.padding[i])} padding, ` +
       `forward ${number(steps.forward[i], 3)} ms, host ${number(steps.host[i], 3)} ms, KV ${number(steps.used[i])} used, ` +
@@ -247,10 +252,10 @@ function drawSteps(view, steps) {
   };
   const batch = section("Steps: batch", `${about}Wheel zooms, dragging moves, a double click shows everything. Red: preemptions.`);
   legend(batch, [...phases.map((name) => [name, COLORS[name]]), ["waiting rows", COLORS.ink]]);
-  const top = Math.max(most(steps.batch), 1), queue = Math.max(most(steps.waiting), 1);
+  const top = Math.max(most(steps.batch), most(steps.waiting), 1);
   new Plot(batch, view, 170, (plot, pen) => {
     columns(plot, pen, steps, [[steps.batch, (i) => COLORS[phases[steps.phase[i]]]]], top);
-    line(plot, pen, steps, steps.waiting, COLORS.ink, Math.max(queue, top));
+    line(plot, pen, steps, steps.waiting, COLORS.ink, top);
     pen.fillStyle = COLORS.preempted;
     const [first, last] = visible(steps, view);
     for (let i = first; i <= last; i++) if (steps.preempted[i]) pen.fillRect(plot.x(steps.end[i]) - 1, TOP, 2, 8);
@@ -258,15 +263,16 @@ function drawSteps(view, steps) {
   }, describe);
   const tokens = section("Steps: tokens", steps.each > 1 ? "Sums over the steps of a mark." : "");
   legend(tokens, [["prompt", COLORS.prefill], ["sampled", COLORS.sampled], ["padding", COLORS.padding]]);
-  const tokenTop = Math.max(most(steps.prefill.map((value, i) => value + steps.sampled[i] + steps.padding[i])), 1);
+  const all = steps.prefill.map((value, i) => value + steps.sampled[i] + steps.padding[i]);
   new Plot(tokens, view, 140, (plot, pen) => {
+    const tokenTop = Math.max(highest(steps, view, all), 1);
     columns(plot, pen, steps, [[steps.sampled, COLORS.sampled], [steps.prefill, COLORS.prefill], [steps.padding, COLORS.padding]], tokenTop);
     return scale(tokenTop);
   }, describe);
-  const times = section("Steps: time", "Forward on the device, and the host's work for the step, which may run beside it.");
+  const times = section("Steps: time", `Forward on the device, and the host's work for the step, which may run beside it.${steps.each > 1 ? " Sums over the steps of a mark." : ""}`);
   legend(times, [["forward", COLORS.forward], ["host", COLORS.host]]);
-  const timeTop = Math.max(most(steps.forward), most(steps.host), 1e-3);
   new Plot(times, view, 140, (plot, pen) => {
+    const timeTop = Math.max(highest(steps, view, steps.forward), highest(steps, view, steps.host), 1e-3);
     line(plot, pen, steps, steps.forward, COLORS.forward, timeTop);
     line(plot, pen, steps, steps.host, COLORS.host, timeTop);
     return scale(timeTop, " ms");
