@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from jobs.usage import UsageError
 from jobs.writer import FAILURES_NAME, PARTIAL_NAME, generations_name
 
+PARTIAL_FAILURES_NAME = "failures.partial.jsonl"
+
 
 class _Line(msgspec.Struct):
     row: int
@@ -67,9 +69,9 @@ def read_tokens(run: Path) -> dict[tuple[int, int], list[int]]:
 
 
 def failures(run: Path) -> list[dict[str, Any]]:
-    """The lines of failures.jsonl, in its order."""
-    path = run / FAILURES_NAME
-    return [msgspec.json.decode(line) for line in whole_lines(path)] if path.is_file() else []
+    """The lines of failures.jsonl, in its order, or of the partial file that a run may have before."""
+    path = next((run / name for name in (FAILURES_NAME, PARTIAL_FAILURES_NAME) if (run / name).is_file()), None)
+    return [] if path is None else [msgspec.json.decode(line) for line in whole_lines(path)]
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:

@@ -69,12 +69,11 @@ def _violations(run: RecordedRun) -> Iterator[Violation]:
 
 
 def _of_segment(segment: Segment) -> Iterator[Violation]:
-    num_blocks = segment.run.num_blocks
-    ledger = None if num_blocks is None else Ledger(segment.events, num_blocks)
+    ledger = segment.ledger
     if ledger is not None:
         yield from ledger.violations(segment.replica, segment.attempt.number)
         yield from _left_over(segment, ledger)
-    yield from StepLaws(segment, ledger).violations()
+    yield from StepLaws(segment).violations()
 
 
 def _left_over(segment: Segment, ledger: Ledger) -> Iterator[Violation]:

@@ -44,8 +44,8 @@ def block_map(segments: list[Segment], num_blocks: int, edges_ns: np.ndarray) ->
     chosen = np.arange(0, num_blocks, stride)
     state = np.zeros((len(chosen), len(edges_ns)), np.int8)
     for segment in segments:
-        if segment.num_steps and len(segment.events):
-            _draw(segment, num_blocks, chosen, edges_ns, state)
+        if segment.ledger is not None and segment.num_steps and len(segment.events):
+            _draw(segment, segment.ledger, chosen, edges_ns, state)
     per_line = -(-len(chosen) // MOST_LINES)
     firsts = np.arange(0, len(chosen), per_line)
     counts = np.diff(np.append(firsts, len(chosen)))[:, None]
@@ -56,9 +56,9 @@ def block_map(segments: list[Segment], num_blocks: int, edges_ns: np.ndarray) ->
     return BlockMap(used=share(1), cached=share(2), first_block=chosen[firsts], stride=stride)
 
 
-def _draw(segment: Segment, num_blocks: int, chosen: np.ndarray, edges_ns: np.ndarray, state: np.ndarray) -> None:
+def _draw(segment: Segment, ledger: Ledger, chosen: np.ndarray, edges_ns: np.ndarray, state: np.ndarray) -> None:
     """Writes the segment's states into `state`: 0 empty, 1 in use, 2 cached."""
-    events, ledger = segment.events, Ledger(segment.events, num_blocks)
+    events = segment.events
     holds = ledger.hash_before[0] & (events.kind != KIND[EVICT])
     after = np.where(ledger.ref_count > 0, 1, np.where(holds, 2, 0)).astype(np.int8)
     times = event_times(segment)

@@ -38,7 +38,7 @@ class Findings:
         self._waiting = column("num_waiting")
         self._batch = column("batch_size")
         self._tokens = column("num_prefill_tokens") + column("num_decode_tokens")
-        self._used = column("used_blocks") / max(figures.run.num_blocks or 1, 1)
+        self._used = figures.kv_use
         self._max_num_seqs = self._engine.get("max_num_seqs")
         self._max_tokens = self._engine.get("max_num_batched_tokens")
 
@@ -194,7 +194,7 @@ class Findings:
             return
         prefill = self._share("prefill") * missed / max(total - cached, 1)
         evicted = int(np.count_nonzero(tables.codes(run.block_events, "event", ("evict",)) == 0))
-        size = run.block_size or 16
+        size = self._engine.get("block_size") or 16
         lost_to_size = int((tables.ints(run.requests, "shared_prefix_tokens", 0) % size).sum())
         evidence = f"{shared:,} of {total:,} prompt tokens begin like an earlier row's, {cached:,} came from the cache"
         if self._engine.get("enable_prefix_caching") is False:
@@ -223,7 +223,7 @@ class Findings:
         if share >= 0.2:
             yield Finding(
                 text=f"for {share:.0%} of the time no row waited and the batch was under half full, before the input "
-                "ended: the input is slow; give a file instead of a pipe, or JSONL without reader.prompt templates",
+                "ended: rows came too slowly; give input=FILE in place of a pipe",
                 evidence=f"mean batch {figures.mean_over_time('batch_size'):.1f} of {slots}",
                 share=share / 2,
             )
@@ -243,13 +243,14 @@ class Findings:
 def unfinished(figures: RunFigures) -> str | None:
     """What a reader must know of a run that is not complete, or of one that took several attempts."""
     run, attempts = figures.run, figures.run.attempts
-    killed = [attempt.number for attempt in attempts if not attempt.is_sealed]
+    killed = [attempt.number for attempt in attempts if not attempt.has_ended]
     parts = []
     if len(attempts) > 1:
         parts.append(f"{len(attempts)} attempts")
     if killed:
         last = max((span(segment).end_ns for segment in figures.segments), default=0)
-        parts.append(f"attempt {', '.join(map(str, killed))} did not end by itself")
+        several = "s" if len(killed) > 1 else ""
+        parts.append(f"attempt{several} {', '.join(map(str, killed))} did not end by itself")
         if not run.is_complete:
             parts.append(f"the records end {last / 1e9:.1f} s after the start")
     return "; ".join(parts) or None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.analysis.ledger import KIND, Ledger
+from jobs.analysis.ledger import KIND
 from jobs.analysis.segments import Segment
 from nanovllm.events import COMMIT, HIT
 
@@ -21,11 +21,11 @@ class PrefixUse:
     num_cached_tokens: int
 
 
-def prefix_uses(segments: list[Segment], num_blocks: int, most: int) -> tuple[list[PrefixUse], int]:
+def prefix_uses(segments: list[Segment], most: int) -> tuple[list[PrefixUse], int]:
     """(the prefixes with the most requests, number of all prefixes); none where nothing was ever published."""
     found: dict[int, list[np.ndarray]] = {}
     for segment in segments:
-        hashes, seq_ids = _first_blocks(segment, num_blocks)
+        hashes, seq_ids = _first_blocks(segment)
         wanted = segment.request("seq_id")
         order = np.argsort(seq_ids, kind="stable")
         place = np.searchsorted(seq_ids[order], wanted)
@@ -50,9 +50,11 @@ def _use(block_hash: int, rows: np.ndarray) -> PrefixUse:
     )
 
 
-def _first_blocks(segment: Segment, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+def _first_blocks(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
     """(hash, seq_id) of each sequence whose first block was published or hit, once each."""
-    events, ledger = segment.events, Ledger(segment.events, num_blocks)
+    events, ledger = segment.events, segment.ledger
+    if ledger is None:
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
     is_first = ((events.kind == KIND[COMMIT]) | (events.kind == KIND[HIT])) & (ledger.column == 0)
     places = np.flatnonzero(is_first)
     seq_ids, once = np.unique(events.seq_id[places], return_index=True)

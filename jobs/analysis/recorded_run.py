@@ -17,6 +17,9 @@ from jobs.manifest import NAME as MANIFEST
 from jobs.manifest import SCHEMA_VERSION as MANIFEST_VERSION
 from jobs.usage import UsageError
 
+KILLED = "killed"
+"""What an attempt's entry says when a later one has found that it never ended."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
@@ -26,10 +29,14 @@ class Attempt:
     started_ns: int
     phases: tuple[tuple[str, int, int], ...]
     """(name, start, end) outside the steps, in the order in which they ended."""
+    has_ended: bool
+    """Whether it came to an end of its own, and was not killed."""
     is_sealed: bool
-    """Whether it ended by itself and closed its records; a killed one's may stop anywhere."""
+    """Whether it ended after it had begun to generate, and closed its records; a killed one's may stop anywhere."""
     has_failed: bool
-    """Whether it is the last attempt of a run that failed."""
+    engine: Mapping[str, Any]
+    """The engine's settings as they came out; empty where the attempt did not get so far. A resumed run may have others
+    than before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,26 +69,22 @@ class RecordedRun:
 
     @property
     def engine(self) -> Mapping[str, Any]:
-        """The engine's settings as they came out; empty where the run did not get so far."""
-        return self.manifest.get("engine") or {}
+        """Of the last attempt that got so far; empty where none did."""
+        return next((attempt.engine for attempt in reversed(self.attempts) if attempt.engine), {})
 
-    @property
-    def num_blocks(self) -> int | None:
-        """Blocks of the KV cache; from the steps where the manifest does not say."""
-        known = self.engine.get("num_kv_blocks")
-        if known is None and self.steps.num_rows:
-            return int(self.steps["free_blocks"][0].as_py() + self.steps["used_blocks"][0].as_py())
-        return known
-
-    @property
-    def block_size(self) -> int | None:
-        return self.engine.get("block_size")
+    @cached_property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache; where attempts had different ones, of the largest. 0 where no step was recorded."""
+        return int((self.step_column("free_blocks") + self.step_column("used_blocks")).max(initial=0))
 
     @cached_property
     def attempts(self) -> list[Attempt]:
         listed = self.manifest["attempts"]
         zero = datetime.fromisoformat(self.manifest["clock_zero"])
-        return [_attempt(found, zero, self.status if found is listed[-1] else "") for found in listed]
+        # What the top level says is the last attempt's, and an earlier one's where it does not say itself.
+        engine = self.manifest.get("engine")
+        earlier = [_attempt({"status": None, "engine": engine, **found}, zero) for found in listed[:-1]]
+        return [*earlier, _attempt({**listed[-1], "status": self.status, "engine": engine}, zero)]
 
     @cached_property
     def steps(self) -> pa.Table:
@@ -142,7 +145,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _attempt(found: Mapping[str, Any], zero: datetime, status: str) -> Attempt:
+def _attempt(found: Mapping[str, Any], zero: datetime) -> Attempt:
     phases = tuple((phase["name"], phase["start_ns"], phase["end_ns"]) for phase in found["phases"])
     by_wall_clock = round((datetime.fromisoformat(found["started"]) - zero).total_seconds() * 1e9)
     first = min([by_wall_clock, *(start for _, start, _ in phases)])
@@ -150,6 +153,8 @@ def _attempt(found: Mapping[str, Any], zero: datetime, status: str) -> Attempt:
         number=found["attempt"],
         started_ns=0 if found["attempt"] == 0 else first,
         phases=phases,
+        has_ended=found.get("ended") is not None and found["status"] != KILLED,
         is_sealed=found.get("ended") is not None and any(name == "generate" for name, _, _ in phases),
-        has_failed=status == FAILED,
+        has_failed=found["status"] == FAILED,
+        engine=found["engine"] or {},
     )

@@ -56,7 +56,7 @@ def run_data(figures: RunFigures) -> Data:
         ]
         if run.num_blocks:
             data["blocks"] = _blocks(figures, run.num_blocks)
-            data["prefixes"] = _prefixes(figures, run.num_blocks)
+            data["prefixes"] = _prefixes(figures)
     return data
 
 
@@ -183,8 +183,8 @@ def _blocks(figures: RunFigures, num_blocks: int) -> Data:
     }
 
 
-def _prefixes(figures: RunFigures, num_blocks: int) -> Data:
-    uses, total = prefix_uses(figures.segments, num_blocks, NUM_PREFIXES)
+def _prefixes(figures: RunFigures) -> Data:
+    uses, total = prefix_uses(figures.segments, NUM_PREFIXES)
     return {
         "total": total,
         "uses": [

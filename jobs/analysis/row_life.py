@@ -55,7 +55,7 @@ class SequenceLife:
 
     @cached_property
     def _ledger(self) -> Ledger:
-        return Ledger(self.segment.events, self.segment.run.num_blocks or 0)
+        return self.segment.ledger or Ledger(self.segment.events, 0)
 
     @cached_property
     def _row_of_seq(self) -> dict[int, int]:
@@ -130,7 +130,7 @@ class SequenceLife:
 
     def _missed_prefix(self, row: int, cached: int, hits: np.ndarray) -> Iterator[str]:
         """What it has in common with an earlier row and did not find, and who took that away."""
-        shared, size = self.request["shared_prefix_tokens"], self.segment.run.block_size
+        shared, size = self.request["shared_prefix_tokens"], self.segment.block_size
         if not shared or size is None or shared // size <= len(hits):
             return
         common = self.request["shared_prefix_row"]

@@ -99,14 +99,19 @@ class RunFigures:
     def mean_over_time(self, name: str) -> float:
         return float(np.average(self.run.step_column(name), weights=self.weights)) if self.weights.sum() else 0.0
 
+    @cached_property
+    def kv_use(self) -> np.ndarray:
+        """[steps] Share of the KV blocks that were in use after the step."""
+        used = self.run.step_column("used_blocks")
+        return used / np.maximum(used + self.run.step_column("free_blocks"), 1)
+
     @property
     def mean_kv_use(self) -> float:
-        return self.mean_over_time("used_blocks") / self.run.num_blocks if self.run.num_blocks else 0.0
+        return float(np.average(self.kv_use, weights=self.weights)) if self.weights.sum() else 0.0
 
     @property
     def peak_kv_use(self) -> float:
-        used = self.run.step_column("used_blocks")
-        return float(used.max(initial=0)) / self.run.num_blocks if self.run.num_blocks else 0.0
+        return float(self.kv_use.max(initial=0.0))
 
     def percentile(self, name: str, q: float) -> float:
         """Of a column of Latencies, in milliseconds; NaN where no request got so far."""

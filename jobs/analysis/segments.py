@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from jobs.analysis import tables
-from jobs.analysis.ledger import BlockEventColumns
+from jobs.analysis.ledger import BlockEventColumns, Ledger
 from jobs.analysis.recorded_run import Attempt, RecordedRun, StepSequences
 
 
@@ -30,6 +30,24 @@ class Segment:
     def column(self, name: str) -> np.ndarray:
         """A column of the steps."""
         return self.run.step_column(name)[self.step_rows]
+
+    @cached_property
+    def num_blocks(self) -> int | None:
+        """Blocks of the KV cache; from the steps where the manifest does not say; None where neither does."""
+        known = self.attempt.engine.get("num_kv_blocks")
+        if known is None and self.num_steps:
+            return int(self.column("free_blocks")[0] + self.column("used_blocks")[0])
+        return known
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens in a block; None where the manifest does not say."""
+        return self.attempt.engine.get("block_size")
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The replay of its block events; None where the number of blocks is not known."""
+        return None if self.num_blocks is None else Ledger(self.events, self.num_blocks)
 
     @property
     def num_steps(self) -> int:

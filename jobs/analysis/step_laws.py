@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.analysis.ledger import KIND, Ledger
+from jobs.analysis.ledger import KIND
 from jobs.analysis.lives import lives
 from jobs.analysis.segments import Segment
 from jobs.analysis.violation import Violation
@@ -15,9 +15,9 @@ from nanovllm.events import HIT
 class StepLaws:
     """Each method yields what breaks its law first; a law that needs what a run lacks says nothing."""
 
-    def __init__(self, segment: Segment, ledger: Ledger | None) -> None:
+    def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        self._ledger = ledger
+        self._ledger = segment.ledger
         self._step = segment.column("step")
 
     def violations(self) -> Iterator[Violation]:
@@ -114,7 +114,7 @@ class StepLaws:
 
     def _blocks_cover_contexts(self) -> Iterator[Violation]:
         """The blocks that a sequence holds in a step have room for its context."""
-        segment, flat, size = self.segment, self.segment.sequences, self.segment.run.block_size
+        segment, flat, size = self.segment, self.segment.sequences, self.segment.block_size
         if self._ledger is None or size is None:
             return
         events = segment.events
@@ -133,7 +133,7 @@ class StepLaws:
             yield self._violation("a block table does not fit its context", flat.step_row[i], flat.seq_id[i], detail)
 
     def _hits_are_cached_tokens(self) -> Iterator[Violation]:
-        segment, flat, size = self.segment, self.segment.sequences, self.segment.run.block_size
+        segment, flat, size = self.segment, self.segment.sequences, self.segment.block_size
         if self._ledger is None or size is None:
             return
         hits = segment.events.kind == KIND[HIT]

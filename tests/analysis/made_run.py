@@ -103,10 +103,17 @@ def prompts(shape: Shape) -> list[np.ndarray]:
     ]
 
 
-def make_run(directory: Path, shape: Shape | None = None, *, stops_after: Sequence[int] = ()) -> Path:
+def make_run(
+    directory: Path,
+    shape: Shape | None = None,
+    *,
+    stops_after: Sequence[int] = (),
+    resumed_as: Shape | None = None,
+) -> Path:
     """A complete run. After each of `stops_after` steps an attempt is killed; the next one does the rows that are left.
 
-    A killed attempt has its block events up to the steps under way, and no phase of generating, as SIGKILL leaves it.
+    The last attempt runs with the settings of `resumed_as`. A killed attempt has its block events up to the steps under
+    way, and no phase of generating, as SIGKILL leaves it.
     """
     shape = shape or Shape()
     directory.mkdir(parents=True)
@@ -115,14 +122,15 @@ def make_run(directory: Path, shape: Shape | None = None, *, stops_after: Sequen
     attempts: list[dict[str, Any]] = []
     progress = (0, 0, 0)
     for number, steps in enumerate([*stops_after, None]):
-        progress, attempt = _attempt(directory, shape, rows, done, number, progress, steps)
-        attempts.append(attempt)
+        settings = shape if steps is not None or resumed_as is None else resumed_as
+        progress, attempt = _attempt(directory, settings, rows, done, number, progress, steps)
+        attempts.append({**attempt, "engine": _engine(settings)})
     with GenerationWriter(directory, "jsonl", []) as writer:
         for generation in done.values():
             writer.write(generation)
         writer.finish()
     (directory / "failures.jsonl").touch()
-    _write_manifest(directory, shape, attempts)
+    _write_manifest(directory, resumed_as or shape, attempts)
     return directory
 
 
@@ -191,6 +199,17 @@ def _attempt(
     return (next_step, engine._next_seq_id, clock.now_ns + 50_000_000), attempt
 
 
+def _engine(shape: Shape) -> dict[str, Any]:
+    return {
+        "num_kv_blocks": shape.num_blocks,
+        "block_size": shape.block_size,
+        "max_num_seqs": shape.max_num_seqs,
+        "max_num_batched_tokens": shape.max_num_batched_tokens,
+        "enable_prefix_caching": shape.prefix_caching,
+        "enforce_eager": not shape.graphs,
+    }
+
+
 def _write_manifest(directory: Path, shape: Shape, attempts: list[dict[str, Any]]) -> None:
     content = {
         "schema_version": 1,
@@ -205,14 +224,7 @@ def _write_manifest(directory: Path, shape: Shape, attempts: list[dict[str, Any]
         "command": ["python", "-m", "jobs.generate"],
         "attempts": attempts,
         "device": "cpu",
-        "engine": {
-            "num_kv_blocks": shape.num_blocks,
-            "block_size": shape.block_size,
-            "max_num_seqs": shape.max_num_seqs,
-            "max_num_batched_tokens": shape.max_num_batched_tokens,
-            "enable_prefix_caching": shape.prefix_caching,
-            "enforce_eager": not shape.graphs,
-        },
+        "engine": _engine(shape),
         "counts": {"rows": shape.num_rows, "answered": shape.num_rows, "failed": 0, "failed_by_code": {}},
     }
     (directory / "manifest.json").write_text(json.dumps(content, indent=2))

@@ -16,6 +16,7 @@ from jobs.analysis.program import main
 from jobs.record_schemas import BLOCK_EVENTS
 from nanovllm.events import BlockEvent
 from tests.analysis.editing import Row, copied, edit, edit_answers, edit_manifest, rows_of, write_table
+from tests.analysis.made_run import Shape, make_run
 from tests.engine.ledger import Ledger as Replay
 from tests.engine.ledger import LedgerError
 
@@ -258,6 +259,15 @@ def test_a_row_that_two_attempts_computed_counts_once(resumed_run: Path, tmp_pat
     first = audit(again).first
     assert first is not None
     assert first.law == "a row is missing", "two requests, and not one answer"
+
+
+def test_attempts_with_other_blocks_are_audited_by_their_own(tmp_path: Path) -> None:
+    """A resumed run may have other settings than before."""
+    run = make_run(tmp_path / "run", stops_after=[41], resumed_as=Shape(num_blocks=30, block_size=8))
+    assert audit(run).first is None, str(audit(run))
+    assert main("analyze", [f"run={run}"]) == 0
+    edit_manifest(run, lambda manifest: manifest["attempts"][0].update(engine=manifest["engine"]))
+    assert audit(run).first is not None, "the negative control: attempt 0 with the blocks of attempt 1"
 
 
 def test_a_killed_run_is_audited_as_far_as_it_goes(resumed_run: Path, tmp_path: Path) -> None:

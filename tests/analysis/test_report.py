@@ -255,7 +255,7 @@ def test_the_block_map_is_that_of_a_replay(name: str, request: pytest.FixtureReq
 
 def test_hit_rates_by_prefix_are_those_of_the_rows_that_begin_alike(run: Path) -> None:
     """Each row of a made run begins with one of three prefixes of three blocks."""
-    uses, total = prefix_uses(list(segments(RecordedRun(run))), 40, 10)
+    uses, total = prefix_uses(list(segments(RecordedRun(run))), 10)
     expected: dict[int, list[int]] = {}
     for request in rows_of(run, "requests"):
         numbers = expected.setdefault(request["row"] % 3, [0, 0, 0])
