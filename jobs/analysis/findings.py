@@ -85,13 +85,17 @@ class Findings:
         or those that it keeps back for the rows that grow."""
         return (self._waiting > 0) & ~self._is_full_of_slots & ~self._is_full_of_tokens
 
+    @property
+    def _kv_key(self) -> str:
+        """What decides how many blocks there are."""
+        given = ((self._figures.run.manifest.get("config") or {}).get("kv") or {}).get("num_blocks")
+        return "kv.memory_fraction" if given is None else f"kv.num_blocks={given}"
+
     def _kv_full(self) -> Iterator[Finding]:
         share, preemptions = self._of_decode(self._is_kv_full), self._figures.num_preemptions
-        given = ((self._figures.run.manifest.get("config") or {}).get("kv") or {}).get("num_blocks")
-        key = "kv.memory_fraction" if given is None else f"kv.num_blocks={given}"
         if share >= 0.1:
             yield Finding(
-                text=f"KV full for {share:.0%} of decode: raise {key}"
+                text=f"KV full for {share:.0%} of decode: raise {self._kv_key}"
                 f"{' or lower engine.max_num_seqs' if preemptions else ''}",
                 evidence=f"{self._figures.run.num_blocks:,} blocks, in use {self._figures.mean_kv_use:.0%} on average, "
                 f"{self._figures.peak_kv_use:.0%} at most; {preemptions:,} preemptions",
@@ -128,8 +132,8 @@ class Findings:
         share = self._share(RECOMPUTE)
         if share >= 0.02:
             yield Finding(
-                text=f"{share:.0%} of the time went into computing preempted rows again: lower engine.max_num_seqs, or "
-                "raise kv.memory_fraction",
+                text=f"{share:.0%} of the time went into computing preempted rows again: raise {self._kv_key} or lower "
+                "engine.max_num_seqs",
                 evidence=f"{self._figures.num_preemptions:,} preemptions, "
                 f"{self._figures.num_recomputed_tokens:,} tokens computed twice",
                 share=share,
@@ -153,7 +157,8 @@ class Findings:
             return
         column = self._figures.run.step_column
         parts = {name: float(column(f"{name}_ms").sum()) for name in ("schedule", "prepare", "postprocess")}
-        key = "raise engine.max_num_seqs, so that each step does more"
+        lacking = self._kv_key if self._of_decode(self._is_kv_full) >= 0.1 else "engine.max_num_seqs"
+        key = f"raise {lacking}, so that more rows share a step"
         if self._engine.get("enforce_eager") and self._figures.run.manifest.get("device") != "cpu":
             key = "set engine.enforce_eager=false, so that steps run as CUDA graphs"
         yield Finding(
@@ -202,7 +207,7 @@ class Findings:
         elif lost_to_size > missed / 2 and size > 16:
             key, evidence = "lower kv.block_size", f"{evidence}; {lost_to_size:,} do not fill a block of {size}"
         elif evicted:
-            key = "raise kv.memory_fraction, or sort the input so that rows with the same beginning are neighbours"
+            key = f"raise {self._kv_key}, or sort the input so that rows with the same beginning are neighbours"
             evidence = f"{evidence}; {evicted:,} cached blocks were evicted"
         else:
             key = "lower engine.max_num_batched_tokens: rows that start in one step cannot share what it computes"

@@ -83,14 +83,17 @@ class SlowRow:
     row: int
     sample: int
     id: str
-    total_ms: float
+    queued_ms: float
+    """Before its first step."""
+    taken_ms: float
+    """From there to its end."""
     reason: str
 
 
 def slow_rows(run: RecordedRun, of: list[Latencies], count: int) -> list[SlowRow]:
-    """The requests that took longest from arrival to end, and what took them so long."""
-    total = np.concatenate([latencies.total for latencies in of])
-    if not len(total):
+    """The requests that took longest from their first step to their end, and what took them so long."""
+    taken = np.concatenate([np.nan_to_num(latencies.total - latencies.queued) for latencies in of])
+    if not len(taken):
         return []
     rows = np.concatenate([latencies.segment.request_rows for latencies in of])
     parts = {
@@ -100,23 +103,22 @@ def slow_rows(run: RecordedRun, of: list[Latencies], count: int) -> list[SlowRow
     tokens = tables.ints(run.requests, "num_output_tokens")[rows]
     prompt = tables.ints(run.requests, "num_prompt_tokens")[rows]
     preemptions = tables.ints(run.requests, "num_preemptions")[rows]
-    slowest = np.argsort(-total, kind="stable")[:count]
+    slowest = np.argsort(-taken, kind="stable")[:count]
     requests = run.requests.select(["row", "sample", "id"]).take(rows[slowest]).to_pylist()
     usual_output, usual_prompt = f"(median {np.median(tokens):,.0f})", f"(median {np.median(prompt):,.0f})"
     found = []
     for i, request in zip(slowest.tolist(), requests, strict=True):
         spent = {name: float(amounts[i]) for name, amounts in parts.items()}
         words = {
-            "queued": f"waited {_seconds(spent['queued'])} for its first step",
-            "prefill": f"{_seconds(spent['prefill'])} for a prompt of {prompt[i]:,} tokens {usual_prompt}",
-            "decode": f"{_seconds(spent['decode'])} for {tokens[i]:,} output tokens {usual_output}",
-            "preempted": f"preempted {preemptions[i]} times, {_seconds(spent['preempted'])} until it ran again",
+            "prefill": f"{seconds(spent['prefill'])} for a prompt of {prompt[i]:,} tokens {usual_prompt}",
+            "decode": f"{seconds(spent['decode'])} for {tokens[i]:,} output tokens {usual_output}",
+            "preempted": f"preempted {'once' if preemptions[i] == 1 else f'{preemptions[i]} times'}, {seconds(spent['preempted'])} until it ran again",
         }
-        chosen = sorted((name for name in spent if spent[name] >= 0.2 * total[i]), key=lambda name: -spent[name])
+        chosen = sorted((name for name in words if spent[name] >= 0.2 * taken[i]), key=lambda name: -spent[name])
         reason = "; ".join(words[name] for name in chosen)
-        found.append(SlowRow(**request, total_ms=float(total[i]), reason=reason))
+        found.append(SlowRow(**request, queued_ms=spent["queued"], taken_ms=float(taken[i]), reason=reason))
     return found
 
 
-def _seconds(milliseconds: float) -> str:
+def seconds(milliseconds: float) -> str:
     return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 100 else f"{milliseconds:.1f} ms"

@@ -47,7 +47,7 @@ def run_data(figures: RunFigures) -> Data:
         data["steps"] = _steps(figures)
         data["rows"] = _rows(figures)
         data["slow"] = [
-            [slow.row, slow.sample, slow.id, slow.total_ms, slow.reason]
+            [slow.row, slow.sample, slow.id, slow.taken_ms, slow.queued_ms, slow.reason]
             for slow in slow_rows(run, figures.latencies, 20)
         ]
         data["latencies"] = [

@@ -189,7 +189,7 @@ class SequenceLife:
         step = int(segment.column("step")[row])
         freed = events.gives & (events.step == step) & (events.seq_id == self.request["seq_id"])
         takers = np.unique(events.seq_id[events.takes & (events.step == step)]).tolist()
-        taken = ", ".join(self._who(seq_id) for seq_id in takers[:MOST_BLOCKS]) or "nobody"
+        taken = ", ".join(self._who(seq_id) for seq_id in takers[:MOST_BLOCKS]) or "nobody: it lacked one itself"
         yield (
             f"  {self._ms(segment.column('start_ns')[row]):9.1f} ms  step {step}: preempted, gives back "
             f"{int(freed.sum())} blocks; the step's new blocks went to {taken}"
@@ -204,7 +204,7 @@ class SequenceLife:
         hits = np.flatnonzero((events.kind == KIND[HIT]) & np.isin(self._ledger.last_commit, commits))
         evicts = np.flatnonzero((events.kind == KIND[EVICT]) & np.isin(self._ledger.last_commit, commits))
         others = [self._who(s) for s in dict.fromkeys(events.seq_id[hits].tolist()) if s != self.request["seq_id"]]
-        used = f"reused by {len(others):,} others ({_listed(others)})" if others else "reused by no other"
+        used = f"reused by {_listed(others)}" if others else "reused by none"
         yield f"              it published {len(commits):,} blocks: {used}; {len(evicts):,} were evicted"
 
 

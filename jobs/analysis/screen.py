@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jobs.analysis.findings import Findings, unfinished
-from jobs.analysis.latencies import slow_rows
+from jobs.analysis.latencies import seconds, slow_rows
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.text_plot import bar, over_time, rate_over_time, spark
 from jobs.analysis.time_ledger import PLACES
@@ -44,7 +44,8 @@ def screen(figures: RunFigures) -> Iterator[str]:
     yield from _latencies(figures)
     yield "slowest rows"
     for slow in slow_rows(run, figures.latencies, NUM_SLOW_ROWS):
-        yield f"  row {slow.row} ({slow.id[:24]})  {slow.total_ms / 1e3:.2f} s: {slow.reason}"
+        took = f"{seconds(slow.taken_ms)}, queued {seconds(slow.queued_ms)}"
+        yield f"  row {slow.row} ({slow.id[:24]})  {took}: {slow.reason}"
     findings = Findings(figures).top()
     yield "findings" if findings else "findings: none; nothing stands out"
     for number, finding in enumerate(findings, start=1):

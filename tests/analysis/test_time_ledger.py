@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.analysis.latencies import slow_rows
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.time_ledger import CAPTURE, DECODE, HOST, LOAD, OTHER, PADDING, PREFILL, RECOMPUTE, TAIL, WRITE
@@ -183,3 +184,21 @@ def test_a_run_without_a_step_has_a_ledger_too(run: Path, tmp_path: Path) -> Non
 
     assert ledger[LOAD] > 0
     assert sum(ledger.values()) == 80_000_000
+
+
+def test_slow_rows_are_those_of_the_longest_service_and_say_what_took_it(tight_run: Path) -> None:
+    figures = RunFigures.of(RecordedRun(tight_run))
+    taken = {r["row"]: (r["finished_ns"] - r["first_scheduled_ns"]) / 1e6 for r in rows_of(tight_run, "requests")}
+    tokens = {r["row"]: r["num_output_tokens"] for r in rows_of(tight_run, "requests")}
+    preemptions = {r["row"]: r["num_preemptions"] for r in rows_of(tight_run, "requests")}
+    found = slow_rows(figures.run, figures.latencies, len(taken))
+    assert [slow.taken_ms for slow in found] == pytest.approx(sorted(taken.values(), reverse=True))
+    for slow in found:
+        assert slow.taken_ms == pytest.approx(taken[slow.row])
+        assert slow.reason
+        if "output tokens" in slow.reason:
+            assert f"for {tokens[slow.row]:,} output tokens" in slow.reason
+        if "preempted" in slow.reason:
+            count = preemptions[slow.row]
+            assert ("preempted once" if count == 1 else f"preempted {count} times") in slow.reason
+    assert any("preempted" in slow.reason for slow in found)

@@ -398,8 +398,8 @@ function drawRun() {
     window.addEventListener("resize", () => view.redraw());
     drawLatencies(data.latencies);
     drawPrefixes(data.prefixes);
-    section("Slowest rows").append(table(["row", "sample", "id", "time", "because"],
-      data.slow.map(([row, sample, id, ms, reason]) => [row, sample, id, seconds(ms), reason]), [0, 1, 3]));
+    section("Slowest rows").append(table(["row", "sample", "id", "time", "queued", "because"],
+      data.slow.map(([row, sample, id, ms, queued, reason]) => [row, sample, id, seconds(ms), seconds(queued), reason]), [0, 1, 3, 4]));
   }
   section("Configuration", data.command).append(table(["key", "value"], data.config, []));
 }
