@@ -4,18 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.analysis.program import EXIT_DONE, Analysis
-from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
-from jobs.analysis.run_paths import find_runs
+from jobs.analysis.run_paths import open_runs
 from jobs.analysis.terminal import show
 
 REPORT = "report.html"
 
 
 def _run(values: Mapping[str, str]) -> int:
-    runs = [RecordedRun(path) for path in find_runs("run", values["run"])]
-    for run in runs:
-        run.require_records()
+    runs = open_runs("run", values["run"])
     if "sql" in values:
         from jobs.analysis.views import connect, query
 

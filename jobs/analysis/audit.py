@@ -9,7 +9,7 @@ from jobs.analysis.ledger import Ledger
 from jobs.analysis.program import EXIT_DONE, EXIT_FOUND, Analysis
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.row_laws import row_violations, step_number_violations
-from jobs.analysis.run_paths import find_runs
+from jobs.analysis.run_paths import open_runs
 from jobs.analysis.segments import Segment, segments
 from jobs.analysis.step_laws import StepLaws
 from jobs.analysis.terminal import show
@@ -93,10 +93,12 @@ def _left_over(segment: Segment, ledger: Ledger) -> Iterator[Violation]:
 
 
 def _run(values: Mapping[str, str]) -> int:
-    audits = [audit(path) for path in find_runs("run", values["run"])]
-    for found in audits:
+    code = EXIT_DONE
+    for run in open_runs("run", values["run"]):
+        found = audit(run.path)
         show(str(found).splitlines())
-    return EXIT_FOUND if any(found.first for found in audits) else EXIT_DONE
+        code = code if found.first is None else EXIT_FOUND
+    return code
 
 
 ANALYSIS = Analysis(

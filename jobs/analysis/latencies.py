@@ -109,10 +109,11 @@ def slow_rows(run: RecordedRun, of: list[Latencies], count: int) -> list[SlowRow
     found = []
     for i, request in zip(slowest.tolist(), requests, strict=True):
         spent = {name: float(amounts[i]) for name, amounts in parts.items()}
+        often = "once" if preemptions[i] == 1 else f"{preemptions[i]} times"
         words = {
             "prefill": f"{seconds(spent['prefill'])} for a prompt of {prompt[i]:,} tokens {usual_prompt}",
             "decode": f"{seconds(spent['decode'])} for {tokens[i]:,} output tokens {usual_output}",
-            "preempted": f"preempted {'once' if preemptions[i] == 1 else f'{preemptions[i]} times'}, {seconds(spent['preempted'])} until it ran again",
+            "preempted": f"preempted {often}, {seconds(spent['preempted'])} until it ran again",
         }
         chosen = sorted((name for name in words if spent[name] >= 0.2 * taken[i]), key=lambda name: -spent[name])
         reason = "; ".join(words[name] for name in chosen)

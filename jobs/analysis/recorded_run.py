@@ -122,10 +122,18 @@ class RecordedRun:
     def step_column(self, name: str) -> np.ndarray:
         return tables.values(self.steps, name)
 
+    @property
+    def has_records(self) -> bool:
+        return (self.path / "records").is_dir()
+
     def require_records(self) -> None:
         """UsageError where the run has no records at all."""
-        if not (self.path / "records").is_dir():
-            raise UsageError(f"{self.path}: has no records; the run was made with recorder=off, or never began")
+        if not self.has_records:
+            raise UsageError(f"{self.path}: {self.why_no_records}")
+
+    @property
+    def why_no_records(self) -> str:
+        return f"has no records; the run was made with recorder=off, or never began (its status is {self.status})"
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import glob
 import json
+import sys
 from pathlib import Path
 
+from jobs.analysis.recorded_run import RecordedRun
 from jobs.manifest import NAME as MANIFEST
 from jobs.usage import UsageError
 
@@ -19,6 +21,21 @@ def find_runs(key: str, value: str) -> list[Path]:
             "or a glob of these"
         )
     return sorted(dict.fromkeys(found), key=lambda path: (_started(path), path))
+
+
+def open_runs(key: str, value: str) -> list[RecordedRun]:
+    """Those of them that have records; a line on standard error names each that has none, such as a sweep's job that
+    failed before it began. UsageError where none has."""
+    runs = [RecordedRun(path) for path in find_runs(key, value)]
+    if len(runs) == 1:
+        runs[0].require_records()
+    for run in runs:
+        if not run.has_records:
+            print(f"left out: {run.path}: {run.why_no_records}", file=sys.stderr)
+    found = [run for run in runs if run.has_records]
+    if not found:
+        raise UsageError(f"{key}={value}: none of these {len(runs)} runs has records")
+    return found
 
 
 def find_run(key: str, value: str) -> Path:

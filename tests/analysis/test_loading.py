@@ -1,6 +1,7 @@
 """What run= names, which versions are read, and how each complaint reads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_a_directory_without_a_run_and_one_without_records_are_one_line(
     assert "recorder=off" in complaint(capsys, "audit", f"run={tmp_path / 'off'}")
     (tmp_path / "off" / "manifest.json").write_text("{}")
     assert "is not a run's manifest" in complaint(capsys, "audit", f"run={tmp_path / 'off'}")
+
+
+def test_a_job_of_a_sweep_without_records_is_left_out_and_named(
+    run: Path, plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one whose configuration was refused."""
+    for name, source in (("a", run), ("b", plain_run), ("c", run)):
+        copied(source, tmp_path / "sweep" / name)
+    shutil.rmtree(tmp_path / "sweep" / "b" / "records")
+    for module in ("audit", "analyze"):
+        assert main(module, [f"run={tmp_path / 'sweep'}"]) == 0
+        out, err = capsys.readouterr()
+        assert f"left out: {tmp_path / 'sweep' / 'b'}: has no records" in err
+        assert f"{tmp_path / 'sweep' / 'c'}" in out
+    for name in "ac":
+        shutil.rmtree(tmp_path / "sweep" / name / "records")
+    assert main("audit", [f"run={tmp_path / 'sweep'}"]) == 2
+    assert "none of these 3 runs has records" in capsys.readouterr().err
 
 
 def test_a_newer_schema_is_one_clear_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

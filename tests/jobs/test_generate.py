@@ -69,6 +69,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, str, 
         os.umask(before)
     out, err = process.communicate(timeout=120)
     (directory,) = cwd.glob("outputs/*/*")
+    assert_sound(directory)
     return Finished(directory, process.returncode), out, err
 
 
@@ -549,3 +550,4 @@ def test_a_pipe_that_pauses_is_answered_so_far_and_still_stops_at_once(tmp_path:
     process.stdin.close()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (manifest["status"], manifest["counts"]["answered"]) == ("interrupted", 1)
+    assert_sound(tmp_path / "run")
