@@ -16,7 +16,7 @@ def _run(values: Mapping[str, str]) -> int:
     if "sql" in values:
         from jobs.analysis.views import connect, query
 
-        with connect(runs) as connection:
+        with connect(runs, values["sql"]) as connection:
             show(query(connection, values["sql"]).splitlines())
         return EXIT_DONE
     figures = [RunFigures.of(run) for run in runs]

@@ -26,7 +26,8 @@ class Comparison:
         yield f"a  {self._a.path}  {self._a.status}"
         yield f"b  {self._b.path}  {self._b.status}"
         deltas = config_deltas([self._a, self._b])
-        yield "" if deltas else "\nthe configurations are the same"
+        yield ""
+        yield "configuration" if deltas else "the configurations are the same"
         for key, (of_a, of_b) in deltas.items():
             yield f"  {key}: {_shown(of_a)} -> {_shown(of_b)}"
         versions = self._versions()

@@ -32,20 +32,27 @@ _ANSWER_TYPES = {
 """Columns that every generations file has; None where the type is the values' own."""
 
 
-def connect(runs: Sequence[RecordedRun]) -> duckdb.DuckDBPyConnection:
+def connect(runs: Sequence[RecordedRun], sql: str = "") -> duckdb.DuckDBPyConnection:
     """A connection with the views steps, block_events, requests, generations and runs.
 
-    Every view begins with `run`, the directory's name; `runs` has one row a run: its configuration's values and its
-    figures. Columns that a run lacks, such as a kept column of another's generations, are null.
+    Those that `sql` does not name are not read, unless it names none. Every view begins with `run`, the directory's
+    name; `runs` has one row a run: its configuration's values and its figures. Columns that a run lacks, such as a kept
+    column of another's generations, are null.
     """
     connection = duckdb.connect()
     connection.execute("set enable_progress_bar = false")
-    for table in TABLES:
-        content = pa.concat_tables([_with_run(run.path.name, read_table(run.path, table)) for run in runs])
-        connection.register(table, content)
-    connection.register(RUNS, runs_table(runs))
-    connection.register(ANSWERS, _stacked([_with_run(run.path.name, answers_table(run.path)) for run in runs]))
+    names = (*TABLES, ANSWERS, RUNS)
+    for name in [name for name in names if name in sql.lower()] or names:
+        connection.register(name, _content(runs, name))
     return connection
+
+
+def _content(runs: Sequence[RecordedRun], name: str) -> pa.Table:
+    if name == RUNS:
+        return runs_table(runs)
+    if name == ANSWERS:
+        return _stacked([_with_run(run.path.name, answers_table(run.path)) for run in runs])
+    return pa.concat_tables([_with_run(run.path.name, read_table(run.path, name)) for run in runs])
 
 
 def query(connection: duckdb.DuckDBPyConnection, sql: str) -> str:

@@ -53,6 +53,17 @@ def test_a_run_without_answers_has_an_empty_view(run: Path, tmp_path: Path) -> N
         assert connection.execute("select count(*), max(text) from generations").fetchone() == (0, None)
 
 
+def test_only_what_a_query_names_is_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = copied(run, tmp_path / "run")
+    for part in (other / "records" / "block_events").glob("*.parquet"):
+        part.write_bytes(b"no parquet")
+    assert "321" in said(capsys, "analyze", f"run={other}", "sql=select count(*) from STEPS")
+    assert main("analyze", [f"run={other}", "sql=select count(*) from block_events"]) == 2
+    assert "cannot be read as Parquet" in capsys.readouterr().err
+    tables = said(capsys, "analyze", f"run={run}", "sql=show tables")
+    assert all(name in tables for name in ("steps", "block_events", "requests", "generations", "runs"))
+
+
 def test_a_mistake_in_a_query_is_one_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("analyze", [f"run={run}", "sql=select nothing from steps"]) == 2
     assert "Binder Error" in capsys.readouterr().err

@@ -22,7 +22,9 @@ from jobs.analysis.prefixes import prefix_uses
 from jobs.analysis.program import main
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.report_page import page
+from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.segments import segments
+from jobs.analysis.sweep_screen import COLUMNS
 from tests.analysis import browser
 from tests.analysis.editing import Row, copied, edit_manifest, rows_of
 from tests.analysis.made_run import Shape, make_run
@@ -181,6 +183,20 @@ def test_a_browser_draws_the_report_and_runs_nothing_of_the_run(name: str, reque
 
 
 # What it shows
+
+
+def test_a_sweeps_report_has_the_figures_of_each_run(tmp_path: Path) -> None:
+    for seqs in (4, 8):
+        make_run(tmp_path / "sweep" / f"job-{seqs}", Shape(max_num_seqs=seqs))
+    assert main("analyze", [f"run={tmp_path / 'sweep'}"]) == 0
+    data = data_of(tmp_path / "sweep")
+    assert data["runs"] == [["job-4", "complete"], ["job-8", "complete"]]
+    assert data["deltas"] == [["engine.max_num_seqs", ["4", "8"]]]
+    expected = [RunFigures.of(RecordedRun(tmp_path / "sweep" / name)).facts() for name, _ in data["runs"]]
+    for title, values in data["figures"]:
+        key = next(key for key, shown in COLUMNS.items() if shown == title)
+        assert values == [facts[key] for facts in expected]
+    assert not (tmp_path / "sweep" / "job-4" / "report.html").exists()
 
 
 def data_of(run: Path) -> dict[str, Any]:
