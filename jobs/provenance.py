@@ -19,6 +19,7 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
     "pyarrow",
+    "duckdb",
     "numpy",
     "msgspec",
     "xxhash",

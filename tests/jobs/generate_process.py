@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from jobs.analysis.audit import audit
 from jobs.generate_job import BUNDLED_PROMPTS, COMMAND
 from jobs.launch import launch
 from nanovllm.events import BlockEvent
@@ -55,8 +56,20 @@ class Finished:
 
 
 def generate(directory: Path, *words: str) -> Finished:
-    """Runs the job in this process, which has torch already, with `directory` for its run directory."""
-    return Finished(directory, launch(COMMAND, ["progress=off", f"hydra.run.dir={directory}", *words]))
+    """Runs the job in this process, which has torch already, with `directory` for its run directory.
+
+    However it ends, what it has recorded must be sound.
+    """
+    finished = Finished(directory, launch(COMMAND, ["progress=off", f"hydra.run.dir={directory}", *words]))
+    assert_sound(directory)
+    return finished
+
+
+def assert_sound(run_directory: Path) -> None:
+    """The audit finds nothing in the records, if there are any."""
+    if (run_directory / "records").is_dir():
+        found = audit(run_directory)
+        assert found.first is None, str(found)
 
 
 def start(cwd: Path, *words: str, module: str = "jobs.generate", **environment: str) -> subprocess.Popen[str]:

@@ -24,6 +24,7 @@ from tests.jobs.generate_process import (
     ROOT,
     TABLES,
     Finished,
+    assert_sound,
     block_events,
     bundled_rows,
     generate,
@@ -68,6 +69,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, str, 
         os.umask(before)
     out, err = process.communicate(timeout=120)
     (directory,) = cwd.glob("outputs/*/*")
+    assert_sound(directory)
     return Finished(directory, process.returncode), out, err
 
 
@@ -401,6 +403,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[signal.Signals, tu
             began = time.monotonic()
             process.communicate(timeout=30)
             ended[signum] = (Finished(directory / signum.name, process.returncode), time.monotonic() - began)
+            assert_sound(directory / signum.name)
     finally:
         for process in runs.values():
             process.kill()
@@ -506,6 +509,8 @@ def test_a_sweep_answers_alike_in_each_job_and_one_failure_stops_no_other(
     assert process.returncode == 1, err
     assert "sweep: exit codes 1 0 0" in out
     runs = sorted(tmp_path.glob("outputs/multirun/*/*/*"))
+    for run in runs:
+        assert_sound(run)
     sizes = {json.loads((run / "manifest.json").read_text())["config"]["kv"]["block_size"]: run for run in runs}
     assert sizes.keys() == {1, 16, 64}
     first, *others = [Finished(sizes[size], -1) for size in (1, 16, 64)]
@@ -546,3 +551,4 @@ def test_a_pipe_that_pauses_is_answered_so_far_and_still_stops_at_once(tmp_path:
     process.stdin.close()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (manifest["status"], manifest["counts"]["answered"]) == ("interrupted", 1)
+    assert_sound(tmp_path / "run")

@@ -9,6 +9,9 @@ import duckdb
 import pytest
 from transformers import AutoTokenizer
 
+from jobs.analysis.program import main as analysis
+from jobs.analysis.recorded_run import RecordedRun
+from jobs.analysis.run_figures import RunFigures
 from nanovllm.models.source import resolve_model
 from tests.engine.ledger import Ledger, tables_at_steps
 from tests.jobs.generate_process import (
@@ -320,6 +323,32 @@ def test_the_shared_prefix_is_the_longest_with_any_earlier_row(rows_file: Path, 
 
 def num_common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# What jobs.analyze and jobs.explain make of them
+
+
+def test_the_analysis_has_the_figures_of_the_manifest(run: Finished):
+    """Counted while the engine ran, and again from the records."""
+    figures, counted = RunFigures.of(RecordedRun(run.directory)), run.manifest["figures"]
+    assert figures.num_steps == counted["num_steps"]
+    assert figures.num_sampled_tokens == counted["num_output_tokens"]
+    assert figures.num_prompt_tokens == counted["num_prompt_tokens"]
+    assert figures.num_cached_prompt_tokens == counted["num_cached_prompt_tokens"]
+    assert figures.num_preemptions == counted["num_preemptions"] > 0
+    assert figures.num_recomputed_tokens > 0
+    assert min(figures.ledger[place] for place in ("load", "prefill", "decode", "recompute", "host gaps")) > 0
+    phases = run.manifest["attempts"][0]["phases"]
+    assert figures.ledger["load"] == sum(p["end_ns"] - p["start_ns"] for p in phases if p["name"] == "load")
+    assert sum(figures.ledger.values()) == pytest.approx(phases[-1]["end_ns"])
+
+
+def test_every_row_can_be_explained(run: Finished, requests: dict[int, Row], capsys: pytest.CaptureFixture[str]):
+    for request in requests.values():
+        assert analysis("explain", [f"run={run.directory}", f"row={request['row']}"]) == 0
+        said = capsys.readouterr().out
+        assert f"row {request['row']} ({request['id']})" in said
+        assert said.count(": preempted,") == request["num_preemptions"]
 
 
 # Off, and beside the text log

@@ -1,0 +1,106 @@
+"""The answered rows of a run, complete or not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+
+from jobs.usage import UsageError
+from jobs.writer import FAILURES_NAME, PARTIAL_NAME, generations_name
+
+PARTIAL_FAILURES_NAME = "failures.partial.jsonl"
+
+
+class _Line(msgspec.Struct):
+    row: int
+    sample: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    finish_reason: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Columns of the generations file, in its order."""
+
+    path: Path | None
+    """None where the run has none yet."""
+    row: np.ndarray
+    sample: np.ndarray
+    num_prompt_tokens: np.ndarray
+    num_output_tokens: np.ndarray
+    num_token_ids: np.ndarray
+    """int64 [rows], as the others"""
+    finish_reason: list[str]
+
+
+def generations_file(run: Path) -> Path | None:
+    """The final file, else the partial one, else None."""
+    names = (generations_name("jsonl"), generations_name("parquet"), PARTIAL_NAME)
+    return next((run / name for name in names if (run / name).is_file()), None)
+
+
+def read_answers(run: Path) -> Answers:
+    path = generations_file(run)
+    if path is None:
+        return _answers(None, [])
+    if path.suffix == ".parquet":
+        names = ["row", "sample", "num_prompt_tokens", "num_output_tokens", "finish_reason", "token_ids"]
+        return _answers(path, [_Line(**row) for row in pq.read_table(path, columns=names).to_pylist()])
+    decode = msgspec.json.Decoder(_Line).decode
+    return _answers(path, [decode(line) for line in whole_lines(path)])
+
+
+def read_tokens(run: Path) -> dict[tuple[int, int], list[int]]:
+    """Token ids of each (row, sample)."""
+    path = generations_file(run)
+    if path is None:
+        return {}
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path, columns=["row", "sample", "token_ids"]).to_pylist()
+        return {(row["row"], row["sample"]): row["token_ids"] for row in rows}
+    lines = map(msgspec.json.Decoder(_Line).decode, whole_lines(path))
+    return {(line.row, line.sample): line.token_ids for line in lines}
+
+
+def failures(run: Path) -> list[dict[str, Any]]:
+    """The lines of failures.jsonl, in its order, or of the partial file that a run may have before."""
+    path = next((run / name for name in (FAILURES_NAME, PARTIAL_FAILURES_NAME) if (run / name).is_file()), None)
+    return [] if path is None else [msgspec.json.decode(line) for line in whole_lines(path)]
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a JSONL file. The last one may be torn where a process was killed while it wrote: it is left out.
+
+    UsageError for any other line that is no JSON.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            is_torn = not line.endswith(b"\n")
+            try:
+                msgspec.json.decode(line)
+            except msgspec.DecodeError as error:
+                if is_torn:
+                    return
+                raise UsageError(f"{path}, line {number}: is no JSON: {error}") from error
+            yield line
+
+
+def _answers(path: Path | None, lines: list[_Line]) -> Answers:
+    def column(values: Iterator[int]) -> np.ndarray:
+        return np.fromiter(values, np.int64, len(lines))
+
+    return Answers(
+        path=path,
+        row=column(line.row for line in lines),
+        sample=column(line.sample for line in lines),
+        num_prompt_tokens=column(line.num_prompt_tokens for line in lines),
+        num_output_tokens=column(line.num_output_tokens for line in lines),
+        num_token_ids=column(len(line.token_ids) for line in lines),
+        finish_reason=[line.finish_reason for line in lines],
+    )

@@ -1,0 +1,18 @@
+"""A file that an analysis leaves beside what it has read."""
+
+import os
+from pathlib import Path
+
+from jobs.usage import UsageError
+
+
+def write_output(path: Path, data: bytes) -> Path:
+    """Writes it whole, or not at all, in the place of an earlier one; UsageError where the directory takes none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written: {error}") from error
+    return path

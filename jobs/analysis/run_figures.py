@@ -1,0 +1,139 @@
+"""What a run amounts to, counted from its records."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from jobs.analysis import tables
+from jobs.analysis.latencies import Latencies
+from jobs.analysis.recorded_run import RecordedRun
+from jobs.analysis.segments import Segment, segments
+from jobs.analysis.time_ledger import StepTimes, recomputed_tokens, span, step_times, time_ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures:
+    """Figures over all replicas and attempts."""
+
+    run: RecordedRun
+    segments: list[Segment] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: RecordedRun) -> "RunFigures":
+        return cls(run=run, segments=list(segments(run)))
+
+    @cached_property
+    def ledger(self) -> dict[str, float]:
+        return time_ledger(self.segments)
+
+    @property
+    def wall_s(self) -> float:
+        return sum(self.ledger.values()) / 1e9
+
+    @cached_property
+    def times(self) -> list[StepTimes]:
+        return [step_times(segment) for segment in self.segments]
+
+    @cached_property
+    def latencies(self) -> list[Latencies]:
+        return [Latencies(segment=segment) for segment in self.segments]
+
+    @cached_property
+    def generate_s(self) -> float:
+        spans = [span(segment) for segment in self.segments if segment.replica == self.segments[0].replica]
+        return sum(found.generate_end_ns - found.generate_start_ns for found in spans) / 1e9
+
+    @property
+    def num_steps(self) -> int:
+        return self.run.steps.num_rows
+
+    @cached_property
+    def num_sampled_tokens(self) -> int:
+        """Thrown-away ones not counted."""
+        dropped, _ = tables.lists(self.run.steps, "dropped_seq_ids")
+        return int(self.run.step_sequences.sampled.sum() - dropped.sum())
+
+    @property
+    def num_dropped_tokens(self) -> int:
+        return int(tables.lists(self.run.steps, "dropped_seq_ids")[0].sum())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_sampled_tokens / self.generate_s if self.generate_s else 0.0
+
+    @cached_property
+    def num_prompt_tokens(self) -> int:
+        return int(tables.ints(self.run.requests, "num_prompt_tokens").sum())
+
+    @cached_property
+    def num_cached_prompt_tokens(self) -> int:
+        """When their sequence first ran."""
+        return int(tables.ints(self.run.requests, "num_cached_tokens").sum())
+
+    @property
+    def hit_rate(self) -> float:
+        return self.num_cached_prompt_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
+
+    @property
+    def tokens_saved(self) -> int:
+        """Taken from the prefix cache in all steps, also by sequences that had been preempted."""
+        return int(self.run.step_column("num_cached_tokens").sum())
+
+    @property
+    def num_preemptions(self) -> int:
+        return int(self.run.step_column("num_preempted").sum())
+
+    @cached_property
+    def num_recomputed_tokens(self) -> int:
+        return int(sum(recomputed_tokens(segment).sum() for segment in self.segments))
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """[steps] Exposed nanoseconds, for means over time."""
+        weights = np.zeros(self.num_steps)
+        for segment, times in zip(self.segments, self.times, strict=True):
+            weights[segment.step_rows] = times.exposed + times.gap
+        return weights
+
+    def mean_over_time(self, name: str) -> float:
+        return float(np.average(self.run.step_column(name), weights=self.weights)) if self.weights.sum() else 0.0
+
+    @cached_property
+    def kv_use(self) -> np.ndarray:
+        """[steps] Share of the KV blocks that were in use after the step."""
+        used = self.run.step_column("used_blocks")
+        return used / np.maximum(used + self.run.step_column("free_blocks"), 1)
+
+    @property
+    def mean_kv_use(self) -> float:
+        return float(np.average(self.kv_use, weights=self.weights)) if self.weights.sum() else 0.0
+
+    @property
+    def peak_kv_use(self) -> float:
+        return float(self.kv_use.max(initial=0.0))
+
+    def percentile(self, name: str, q: float) -> float:
+        """Of a column of Latencies, in milliseconds; NaN where no request got so far."""
+        found = np.concatenate([getattr(latencies, name) for latencies in self.latencies])
+        found = found[~np.isnan(found)]
+        return float(np.percentile(found, q)) if len(found) else float("nan")
+
+    def facts(self) -> dict[str, float]:
+        """The figures that are compared between runs."""
+        places = {f"{name.replace(' ', '_')}_s": amount / 1e9 for name, amount in self.ledger.items()}
+        return {
+            "wall_s": self.wall_s,
+            "generate_s": self.generate_s,
+            "output_tokens": self.num_sampled_tokens,
+            "tokens_per_s": self.tokens_per_s,
+            "num_steps": self.num_steps,
+            "mean_batch": self.mean_over_time("batch_size"),
+            "mean_kv_use": self.mean_kv_use,
+            "prefix_hit_rate": self.hit_rate,
+            "preemptions": self.num_preemptions,
+            "ttft_p50_ms": self.percentile("to_first_token", 50),
+            "ttft_p99_ms": self.percentile("to_first_token", 99),
+            "token_p50_ms": self.percentile("per_token", 50),
+            **places,
+        }

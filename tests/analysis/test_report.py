@@ -1,0 +1,333 @@
+"""report.html: nothing in a run can become more than text in it, and it shows what the records say."""
+
+import base64
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import html5lib
+import numpy as np
+import pytest
+
+from jobs.analysis.block_map import block_map, event_times
+from jobs.analysis.lives import KINDS, pieces
+from jobs.analysis.prefixes import prefix_uses
+from jobs.analysis.program import main
+from jobs.analysis.recorded_run import RecordedRun
+from jobs.analysis.report_page import page
+from jobs.analysis.run_figures import RunFigures
+from jobs.analysis.segments import segments
+from jobs.analysis.sweep_screen import COLUMNS
+from tests.analysis import browser
+from tests.analysis.editing import Row, copied, edit_manifest, rows_of
+from tests.analysis.made_run import Shape, make_run
+
+_WRAPPED = ["{}", '">{}', "'>{}", "</script>{}", "--></style>{}", "]]>{}", "\u2028{}"]
+_ATTACKS = [
+    "<script>window.pwned=1</script>",
+    "<img src=x onerror=window.pwned=1>",
+    "<svg/onload=window.pwned=1>",
+    "<iframe srcdoc='<script>parent.pwned=1</script>'></iframe>",
+    "<link rel=stylesheet href=https://outside.example/x.css>",
+    "<base href=https://outside.example/>",
+    "<meta http-equiv=refresh content='0;url=https://outside.example'>",
+]
+PAYLOADS = [
+    *(wrapper.format(attack) for wrapper in _WRAPPED for attack in _ATTACKS),
+    "<!--<script>",
+    "javascript:window.pwned=1",
+    "${window.pwned=1}`+window.pwned+`",
+    '\\u003cscript\\u003e"};window.pwned=1;{"',
+    "\x00\x1b[31m\x07<\u2029>&amp;&lt;",
+    "'; window.pwned = 1; //",
+]
+
+
+def test_there_are_at_least_fifty_payloads() -> None:
+    assert len(set(PAYLOADS)) >= 50
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose ids, names, configuration and command are attacks."""
+    folder = tmp_path_factory.mktemp("hostile") / "<img src=x onerror=window.pwned=1>"
+    run = make_run(folder, Shape(num_rows=len(PAYLOADS), ids=PAYLOADS))
+
+    def attack(manifest: Row) -> None:
+        manifest["config"] |= {payload: payload for payload in PAYLOADS}
+        manifest["model"] = {"path": PAYLOADS[3]}
+        manifest["device"] = PAYLOADS[0]
+        manifest["command"] += PAYLOADS
+        manifest["error"] = PAYLOADS[1]
+        manifest["counts"] |= {"failed": 1, "failed_by_code": dict.fromkeys(PAYLOADS, 1)}
+
+    edit_manifest(run, attack)
+    assert main("analyze", [f"run={run}"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def hostile_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sweep = tmp_path_factory.mktemp("hostile") / "<script>window.pwned=1<script>"
+    for number in (1, 2):
+        run = make_run(sweep / f"<img src=x onerror=window.pwned={number}>", Shape(num_rows=9))
+        edit_manifest(run, lambda manifest, number=number: manifest["config"].update({PAYLOADS[9]: PAYLOADS[number]}))
+    assert main("analyze", [f"run={sweep}"]) == 0
+    return sweep
+
+
+def parsed(report: Path) -> ElementTree.Element:
+    """As a browser's parser builds it."""
+    return html5lib.parse(report.read_bytes(), treebuilder="etree", namespaceHTMLElements=False)
+
+
+def elements(root: ElementTree.Element) -> Iterator[ElementTree.Element]:
+    return (node for node in root.iter() if isinstance(node.tag, str))
+
+
+@pytest.mark.parametrize("name", ["hostile", "hostile_sweep"])
+def test_attacks_in_a_run_leave_the_document_as_it_is(name: str, request: pytest.FixtureRequest) -> None:
+    root = parsed(request.getfixturevalue(name) / "report.html")
+
+    tags = Counter(node.tag for node in elements(root))
+    assert tags == Counter(
+        {"html": 1, "head": 1, "meta": 3, "title": 1, "style": 1, "body": 1, "main": 1, "noscript": 1, "script": 2}
+    )
+    allowed = {"charset", "http-equiv", "content", "name", "lang", "id", "type"}
+    assert {name for node in elements(root) for name in node.attrib} <= allowed
+    (content,) = [node.text for node in elements(root) if node.attrib.get("id") == "data"]
+    assert content is not None
+    assert not set("<>&\u2028\u2029") & set(content)
+    told = json.dumps(json.loads(content), ensure_ascii=False)
+    assert "window.pwned" in told, "the texts are there, as texts"
+
+
+def test_every_payload_is_in_the_report_as_it_was(hostile: Path) -> None:
+    (content,) = [node.text for node in elements(parsed(hostile / "report.html")) if node.attrib.get("id") == "data"]
+    assert content is not None
+    data = json.loads(content)
+    assert set(data["rows"]["id"]) == set(PAYLOADS)
+    assert {key for key, _ in data["config"]} >= set(PAYLOADS)
+
+
+@pytest.mark.parametrize("name", ["hostile", "hostile_sweep"])
+def test_the_policy_allows_our_script_and_style_and_nothing_else(name: str, request: pytest.FixtureRequest) -> None:
+    root = parsed(request.getfixturevalue(name) / "report.html")
+    (policy,) = [n.attrib["content"] for n in elements(root) if n.attrib.get("http-equiv") == "Content-Security-Policy"]
+    (script,) = [n.text for n in elements(root) if n.tag == "script" and "id" not in n.attrib]
+    (style,) = [n.text for n in elements(root) if n.tag == "style"]
+    hashes = [base64.b64encode(hashlib.sha256((text or "").encode()).digest()).decode() for text in (script, style)]
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        f"script-src 'sha256-{hashes[0]}'",
+        f"style-src 'sha256-{hashes[1]}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    ours = f"{script}{style}"
+    assert not re.search(r"https?:|url\(|@import|import\(|fetch|XMLHttpRequest|WebSocket|sendBeacon|\bsrc\b|href", ours)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|createContext", ours
+    )
+
+
+def test_a_page_without_escaping_would_be_caught() -> None:
+    """The negative control: the same text, put in as it is, does change the document."""
+    safe = page({"id": PAYLOADS[21]})
+    unsafe = re.sub(rb'id="data">.*?</script>', lambda _: b'id="data">' + PAYLOADS[21].encode() + b"</script>", safe)
+    tags = [
+        Counter(n.tag for n in elements(html5lib.parse(text, namespaceHTMLElements=False))) for text in (safe, unsafe)
+    ]
+    assert tags[0] != tags[1]
+
+
+def test_a_terminal_gets_no_escapes_from_ids(hostile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = PAYLOADS.index("\x00\x1b[31m\x07<\u2029>&amp;&lt;")
+    assert main("explain", [f"run={hostile}", f"row={row}"]) == 0
+    assert main("analyze", [f"run={hostile}"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["hostile", "hostile_sweep"])
+def test_a_browser_draws_the_report_and_runs_nothing_of_the_run(name: str, request: pytest.FixtureRequest) -> None:
+    program = browser.find()
+    if program is None:
+        pytest.skip(f"no Chromium: none of {', '.join(browser.NAMES)} is on PATH, {browser.VARIABLE} is not set")
+    report: Path = request.getfixturevalue(name) / "report.html"
+    with browser.Page(program) as opened:
+        opened.open(report)
+        assert opened.ask("document.documentElement.dataset.drawn") == "true", opened.complaints
+        assert opened.ask("typeof window.pwned") == "undefined"
+        assert opened.ask("document.querySelectorAll('img, iframe, svg, link, base, [onerror]').length") == 0
+        assert "onerror=window.pwned" in opened.ask("document.body.innerText"), "shown as text"
+        assert opened.requests == [report.as_uri()], "and nothing was loaded from anywhere else"
+        assert opened.complaints == []
+        if name == "hostile":
+            before = opened.ask("document.querySelector('canvas').toDataURL()")
+            opened.ask(
+                "(() => { const c = document.querySelector('canvas'), b = c.getBoundingClientRect();"
+                "for (let i = 0; i < 9; i++) c.dispatchEvent(new WheelEvent('wheel',"
+                "{deltaY: -1, clientX: b.left + 300, clientY: b.top + 40, cancelable: true})); })()"
+            )
+            assert opened.ask_until("document.querySelector('canvas').toDataURL()", before) != before, "the wheel zooms"
+
+
+# What it shows
+
+
+def test_a_sweeps_report_has_the_figures_of_each_run(tmp_path: Path) -> None:
+    for seqs in (4, 8):
+        make_run(tmp_path / "sweep" / f"job-{seqs}", Shape(max_num_seqs=seqs))
+    assert main("analyze", [f"run={tmp_path / 'sweep'}"]) == 0
+    data = data_of(tmp_path / "sweep")
+    assert data["runs"] == [["job-4", "complete"], ["job-8", "complete"]]
+    assert data["deltas"] == [["engine.max_num_seqs", ["4", "8"]]]
+    expected = [RunFigures.of(RecordedRun(tmp_path / "sweep" / name)).facts() for name, _ in data["runs"]]
+    for title, values in data["figures"]:
+        key = next(key for key, shown in COLUMNS.items() if shown == title)
+        assert values == [facts[key] for facts in expected]
+    assert not (tmp_path / "sweep" / "job-4" / "report.html").exists()
+
+
+def data_of(run: Path) -> dict[str, Any]:
+    (content,) = [node.text for node in elements(parsed(run / "report.html")) if node.attrib.get("id") == "data"]
+    return json.loads(content or "")
+
+
+@pytest.mark.parametrize("name", ["run", "plain_run", "resumed_run"])
+def test_the_report_has_every_step_and_every_row(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    path = copied(request.getfixturevalue(name), tmp_path / "run")
+    assert main("analyze", [f"run={path}"]) == 0
+    data, steps, requests = data_of(path), rows_of(path, "steps"), rows_of(path, "requests")
+    assert data["steps"]["each"] == data["rows"]["each"] == 1
+    assert data["steps"]["batch"] == [step["batch_size"] for step in steps]
+    assert data["steps"]["sampled"] == [sum(step["seq_sampled"]) for step in steps]
+    assert data["steps"]["used"] == [step["used_blocks"] for step in steps]
+    assert sorted(data["rows"]["row"]) == sorted(request["row"] for request in requests)
+    assert sum(ms for _, ms, _ in data["ledger"]) > 0
+    for found, total in zip(data["latencies"], (len(requests),) * 3, strict=True):
+        assert sum(found["counts"]) <= total
+    assert sum(data["latencies"][0]["counts"]) == len(requests)
+
+
+def test_many_steps_become_marks_that_keep_their_sums(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied(run, tmp_path / "run")
+    monkeypatch.setattr("jobs.analysis.report_data.MOST_STEPS", 50)
+    monkeypatch.setattr("jobs.analysis.report_data.MOST_ROWS", 20)
+    assert main("analyze", [f"run={path}"]) == 0
+    data, steps = data_of(path), rows_of(path, "steps")
+    assert data["steps"]["each"] == 7
+    assert len(data["steps"]["end"]) == 46
+    assert sum(data["steps"]["prefill"]) == sum(step["num_prefill_tokens"] for step in steps)
+    assert sum(data["steps"]["preempted"]) == sum(step["num_preempted"] for step in steps) > 0
+    assert data["steps"]["batch"][0] == pytest.approx(sum(s["batch_size"] for s in steps[:7]) / 7, abs=0.06)
+    assert (data["rows"]["each"], len(data["rows"]["row"])) == (3, 20)
+
+
+@pytest.mark.parametrize("name", ["run", "plain_run", "resumed_run"])
+def test_the_block_map_is_that_of_a_replay(name: str, request: pytest.FixtureRequest) -> None:
+    run = RecordedRun(request.getfixturevalue(name))
+    found = list(segments(run))
+    edges = np.linspace(int(run.step_column("start_ns").min()), int(run.step_column("end_ns").max()), 90).astype(
+        np.int64
+    )
+    drawn = block_map(found, 40, edges)
+    assert drawn.used.shape == (40, 90)
+    seen: Counter[str] = Counter()
+    for segment in found:
+        events, times = segment.events, event_times(segment)
+        begin, end = int(segment.column("start_ns")[0]), int(segment.column("end_ns").max())
+        users, holds, at = Counter[int](), set[int](), 0
+        for column, edge in enumerate(edges.tolist()):
+            if not begin <= edge <= end:
+                continue
+            while at < len(events) and min(int(times[at]), end) <= edge:
+                block, kind = int(events.block_id[at]), int(events.kind[at])
+                users[block] += int(events.users[at])
+                if kind == 2:
+                    holds.add(block)
+                if kind == 5:
+                    holds.discard(block)
+                at += 1
+            used = [100 if users[block] else 0 for block in range(40)]
+            cached = [100 if not users[block] and block in holds else 0 for block in range(40)]
+            assert drawn.used[:, column].tolist() == used
+            assert drawn.cached[:, column].tolist() == cached
+            seen.update(used=sum(used), cached=sum(cached))
+    assert min(seen.values()) > 1000
+
+
+def test_hit_rates_by_prefix_are_those_of_the_rows_that_begin_alike(run: Path) -> None:
+    """Each row of a made run begins with one of three prefixes of three blocks."""
+    uses, total = prefix_uses(list(segments(RecordedRun(run))), 10)
+    expected: dict[int, list[int]] = {}
+    for request in rows_of(run, "requests"):
+        numbers = expected.setdefault(request["row"] % 3, [0, 0, 0])
+        for place, amount in enumerate((1, request["num_prompt_tokens"], request["num_cached_tokens"])):
+            numbers[place] += amount
+    assert total == 3
+    assert {use.row: [use.num_requests, use.num_prompt_tokens, use.num_cached_tokens] for use in uses} == expected
+
+
+@pytest.mark.parametrize("name", ["run", "plain_run", "resumed_run"])
+def test_the_pieces_of_a_row_follow_one_another(name: str, request: pytest.FixtureRequest) -> None:
+    kinds: Counter[str] = Counter()
+    for segment in segments(RecordedRun(request.getfixturevalue(name))):
+        found = pieces(segment)
+        for seq_id in np.unique(found.seq_id):
+            mine = found.seq_id == seq_id
+            order = np.argsort(found.start_ns[mine], kind="stable")
+            start, end = found.start_ns[mine][order], found.end_ns[mine][order]
+            assert (end >= start).all()
+            assert (start[1:] >= end[:-1]).all(), f"seq_id {seq_id}"
+            kinds.update(KINDS[kind] for kind in found.kind[mine].tolist())
+    assert min(kinds[kind] for kind in ("waiting", "prefill", "decode", "preempted")) > 0
+
+
+LARGE = Shape(
+    num_rows=12_400,
+    num_blocks=12_000,
+    block_size=16,
+    max_num_seqs=256,
+    max_num_batched_tokens=4096,
+    max_tokens=400,
+    num_prefixes=40,
+    prefix_tokens=300,
+    eos_share=0.004,
+)
+
+
+def size_and_time(tmp_path: Path, shape: Shape) -> tuple[int, float, int]:
+    """(bytes of the report, seconds that the command took, steps)"""
+    run = make_run(tmp_path / "run", shape)
+    start = time.monotonic()
+    assert main("analyze", [f"run={run}"]) == 0
+    seconds = time.monotonic() - start
+    return (run / "report.html").stat().st_size, seconds, RecordedRun(run).steps.num_rows
+
+
+def test_a_tenth_of_a_large_run_is_well_within_the_limits(tmp_path: Path) -> None:
+    size, seconds, steps = size_and_time(tmp_path, replace(LARGE, num_rows=1300))
+    assert steps > 1000
+    assert size < 2_000_000
+    assert seconds < 5
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_of_256_rows_take_under_ten_seconds_and_megabytes(tmp_path: Path) -> None:
+    size, seconds, steps = size_and_time(tmp_path, LARGE)
+    assert steps >= 10_000
+    assert size < 10_000_000
+    assert seconds < 10
