@@ -64,11 +64,12 @@ def _draw(segment: Segment, ledger: Ledger, chosen: np.ndarray, edges_ns: np.nda
     times = event_times(segment)
     begin, end = int(segment.column("start_ns")[0]), int(segment.column("end_ns").max())
     columns = np.flatnonzero((edges_ns >= begin) & (edges_ns <= end))
-    width = end - begin + 2
-    keys = events.block_id * width + np.clip(times - begin, 0, width - 2)
+    # Microseconds: a million blocks times the nanoseconds of a few hours would not fit into 64 bits.
+    width = (end - begin) // 1000 + 2
+    keys = events.block_id * width + np.clip((times - begin) // 1000, 0, width - 2)
     order = np.argsort(keys, kind="stable")
     sorted_keys, sorted_after = keys[order], after[order]
-    wanted = chosen[:, None] * width + (edges_ns[columns] - begin)[None, :]
+    wanted = chosen[:, None] * width + ((edges_ns[columns] - begin) // 1000)[None, :]
     found = np.searchsorted(sorted_keys, wanted.ravel(), "right").reshape(wanted.shape) - 1
     same = (found >= 0) & (events.block_id[order][np.maximum(found, 0)] == chosen[:, None])
     state[:, columns] = np.where(same, sorted_after[np.maximum(found, 0)], 0)
