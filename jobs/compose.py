@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -221,7 +221,8 @@ def _tree_keys(tree: DictConfig, known: dict[str, object], prefix: str = "") -> 
         key = f"{prefix}{name}"
         yield key
         child = tree._get_node(str(name))
-        if key in known and isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation()):
+        has_keys = isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation())
+        if has_keys and is_dataclass(known.get(key)):  # a mapping's names are anyone's
             yield from _tree_keys(child, known, f"{key}.")
 
 
@@ -254,8 +255,13 @@ def _directory(full: DictConfig, key: str) -> Path:
 
 
 def _thaw(node: DictConfig) -> None:
-    """Frozen in code, open while composing: OmegaConf makes the nodes of frozen dataclasses read-only."""
+    """Frozen in code, open while composing: OmegaConf makes the nodes of frozen dataclasses read-only.
+
+    A mapping takes any name, with or without + before it.
+    """
     OmegaConf.set_readonly(node, None)
+    if not is_dataclass(OmegaConf.get_type(node)):
+        OmegaConf.set_struct(node, False)
     for key in node:
         child = node._get_node(str(key))
         if isinstance(child, DictConfig):

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+from jobs.chat_forms import check_template_kwargs
 from nanovllm.config import (
     DEVICES,
     EngineConfig,
@@ -16,7 +18,8 @@ from nanovllm.config import (
 from nanovllm.sampling_params import SamplingParams
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-OUTPUT_FORMATS = ("jsonl", "parquet")
+OPENAI_BATCH = "openai_batch"
+OUTPUT_FORMATS = ("jsonl", "parquet", OPENAI_BATCH)
 PROGRESS = ("auto", "on", "off")
 STANDARD_INPUT = "-"
 
@@ -31,6 +34,8 @@ class ReaderConfig:
     """A column's name, or a template such as "Translate: {text}"; null takes the row's own prompt."""
     system: str | None = None
     """A system message put before each row's messages."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}; a row's own win, key by key."""
     max_failures: int | None = None
     """End the run as failed when more rows than this are bad; null never does."""
 
@@ -41,6 +46,7 @@ class ReaderConfig:
             check_integer("reader.max_failures", self.max_failures, 0)
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError(f"reader.prompt={self.prompt!r}: must be a column's name or a template with {{column}}")
+        check_template_kwargs(f"reader.chat_template_kwargs={self.chat_template_kwargs}:", self.chat_template_kwargs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +54,7 @@ class WriterConfig:
     """How answers are written."""
 
     format: str = "jsonl"
-    """generations.jsonl or generations.parquet."""
+    """jsonl, parquet, or openai_batch: OpenAI Batch lines, for input of that form alone."""
     keep: list[str] = field(default_factory=list)
     """Input columns that are carried into the output."""
 
@@ -58,6 +64,8 @@ class WriterConfig:
             raise ValueError(f"writer.keep={self.keep}: must be a list of column names, none of them empty")
         if len(set(self.keep)) < len(self.keep):
             raise ValueError(f"writer.keep={self.keep}: must name each column once")
+        if self.keep and self.format == OPENAI_BATCH:
+            raise ValueError(f"writer.keep={self.keep}: writer.format={OPENAI_BATCH} has no place for columns")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,10 @@ class GenerateConfig:
             raise ValueError(f"log_level={self.log_level}: must be one of {', '.join(LOG_LEVELS)}")
         check_choice("progress", self.progress, PROGRESS)
         check_integer("seed", self.seed, 0, 2**63 - 1)
+        if self.writer.format == OPENAI_BATCH and self.reader.prompt is not None:
+            raise ValueError(
+                f"writer.format={OPENAI_BATCH}: answers OpenAI Batch lines, which have no reader.prompt; leave one out"
+            )
         check_choice("device", self.device, DEVICES)
 
     @property

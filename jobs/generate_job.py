@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.command import EXIT_COMPLETE, EXIT_ROWS_FAILED, Command, Run
-from jobs.config import GenerateConfig, to_llm_config
+from jobs.config import OPENAI_BATCH, GenerateConfig, to_llm_config
 from jobs.figures import Figures
 from jobs.file_hashes import FileHashes
 from jobs.generate_loop import GenerateLoop
 from jobs.progress import Progress
 from jobs.reader import RowReader, check_input
+from jobs.ready_rows import ReadyRows, weight
 from jobs.recorder import ParquetRecorder
 from jobs.row_feed import RowFeed
 from jobs.summary import show, summary
@@ -31,6 +32,8 @@ SMALL_MODEL = 20_000_000
 """Weights below which one CPU thread is used: a second gains up to a half on an idle machine, but its barriers, one or
 two for each small operation, cost a factor of ten once another process wants a core (2 cores, 2026-11-23: 1,399 output
 tok/s against 908 when idle, 61 against 736 beside one busy process, on the embedded model)."""
+FEED_PATIENCE_S = 10.0
+"""For the rows that are being tokenised when a run ends early."""
 BUNDLED_PROMPTS = Path(__file__).parent / "data" / "tiny_prompts.jsonl"
 
 
@@ -65,12 +68,18 @@ def run(config: GenerateConfig, run: Run) -> int:
         prompt=config.reader.prompt,
         system=config.reader.system,
         keep=config.writer.keep,
+        chat_template_kwargs=config.reader.chat_template_kwargs,
+        batch_only=config.writer.format == OPENAI_BATCH,
     )
-    rows = RowFeed(reader, capacity=config.engine.max_num_seqs)
+    rows = RowFeed(reader, config.engine.max_num_seqs, weight=lambda row: row.weight)
     rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
     figures = Figures()
     with ExitStack() as stack:
+        stack.callback(rows.close)
         assembly = _assemble(config, run, figures, source)
+        stack.callback(assembly.intake.close)
+        ready = RowFeed(ReadyRows(rows, assembly.intake, config.sampling), config.engine.max_num_seqs, weight)
+        stack.callback(_end_feeds, rows, ready)
         recorder = stack.enter_context(closing(_flight_recorder(config, run)))
         assembly.engine.recorders.append(recorder)
         generations = stack.enter_context(GenerationWriter(run.directory, config.writer.format, config.writer.keep))
@@ -79,13 +88,12 @@ def run(config: GenerateConfig, run: Run) -> int:
         run.manifest.record(device=assembly.device, engine=assembly.facts())
         loop = GenerateLoop(
             assembly,
-            rows,
+            ready,
             generations,
             failures,
             Progress(config.progress, reader.count()),
             source=", ".join(reader.paths),
             in_step=all(Path(path).is_file() for path in reader.paths),
-            sampling=config.sampling,
             max_failures=config.reader.max_failures,
         )
         try:
@@ -106,6 +114,12 @@ def run(config: GenerateConfig, run: Run) -> int:
     answers = BUNDLED_PROMPTS if config.input is None else None
     show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
     return EXIT_ROWS_FAILED if loop.num_failed else EXIT_COMPLETE
+
+
+def _end_feeds(rows: RowFeed, ready: RowFeed) -> None:
+    """The process that tokenises can be ended once nobody uses it."""
+    rows.close()
+    ready.close(patience_s=FEED_PATIENCE_S)
 
 
 def _so_far(hashes: FileHashes, reader: RowReader, loop: GenerateLoop, figures: Figures) -> dict[str, object]:

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 from jobs.progress import Progress
 from jobs.ration import Ration
+from jobs.ready_rows import ReadyRow
 from jobs.row_feed import RowFeed
-from jobs.rows import BadRow, InputRow
+from jobs.rows import BadRow
 from jobs.stop import StopRequest
 from jobs.writer import FailureWriter, Generation, GenerationWriter
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.errors import PromptError
 from nanovllm.quiet_gc import collector_kept_out
-from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.assembly import Assembly
@@ -33,17 +33,16 @@ class GenerateLoop:
     def __init__(
         self,
         assembly: "Assembly",
-        rows: RowFeed,
+        rows: RowFeed[ReadyRow | BadRow],
         generations: GenerationWriter,
         failures: FailureWriter,
         progress: Progress,
         *,
         source: str,
         in_step: bool,
-        sampling: SamplingParams,
         max_failures: int | None,
     ) -> None:
-        """`source` names the input in the log; `sampling` is the job's, a row's own wins over it, key by key.
+        """`source` names the input in the log.
 
         `in_step`: the next row is always waited for, so that the same input gives the same schedule. Without it (an
         input that may pause, such as a pipe) what runs goes on while no row comes.
@@ -58,9 +57,8 @@ class GenerateLoop:
         self._generations = generations
         self._failures = failures
         self._progress = progress
-        self._sampling = sampling
         self._max_failures = max_failures
-        self._running: dict[int, InputRow] = {}
+        self._running: dict[int, ReadyRow] = {}
         self._num_output_tokens = 0
 
     def run(self, stop: StopRequest) -> None:
@@ -122,24 +120,11 @@ class GenerateLoop:
                 ration.take(self._take(row))
         return not self._rows.ended
 
-    def _take(self, row: InputRow) -> int:
+    def _take(self, row: ReadyRow) -> int:
         """Tokens of the row's prompt."""
-        sampling = row.sampling.over(self._sampling) if row.sampling else self._sampling
-        try:
-            request = self._intake.request(
-                prompt=row.prompt,
-                messages=row.messages,
-                prompt_token_ids=row.prompt_token_ids,
-                sampling=sampling,
-                row=row.row,
-                request_id=str(row.id),
-            )
-        except PromptError as error:
-            self._fail(row.failed(error))
-            return 0
-        self._intake.add(request)
+        self._intake.add(row.request)
         self._running[row.row] = row
-        return len(request.token_ids)
+        return len(row.request.token_ids)
 
     def _finish(self, output: SequenceOutput) -> None:
         row = self._running.pop(output.row)

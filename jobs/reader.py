@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -62,11 +62,19 @@ class RowReader:
         prompt: str | None = None,
         system: str | None = None,
         keep: Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        batch_only: bool = False,
         stdin: ByteStream | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise ValueError(f"reader.limit={limit}: must be an integer of at least 1")
-        self._parser = RowParser(prompt=prompt, system=system, keep=keep)
+        self._parser = RowParser(
+            prompt=prompt,
+            system=system,
+            keep=keep,
+            chat_template_kwargs=chat_template_kwargs,
+            batch_only=batch_only,
+        )
         self._paths = resolve_paths(source)
         self._limit = limit
         self._keep = tuple(keep)
