@@ -221,8 +221,9 @@ def _tree_keys(tree: DictConfig, known: dict[str, object], prefix: str = "") -> 
         key = f"{prefix}{name}"
         yield key
         child = tree._get_node(str(name))
-        has_keys = isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation())
-        if has_keys and is_dataclass(known.get(key)):  # a mapping's names are anyone's
+        if not is_dataclass(known.get(key)):  # nor is a mapping one, whose names are anyone's
+            continue
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation()):
             yield from _tree_keys(child, known, f"{key}.")
 
 

@@ -207,10 +207,10 @@ class LLM:
 
 def _messages(index: int, messages: object) -> list[dict[str, object]]:
     """Raises ValueError for what is no conversation."""
-    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
-    if not is_list or not messages or not all(isinstance(message, Mapping) for message in messages):
+    listed = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str | bytes) else []
+    if not listed or not all(isinstance(message, Mapping) for message in listed):
         raise ValueError(f"prompt {index}: messages must be a non-empty list of objects with role and content")
-    return [dict(message) for message in messages]
+    return [dict(message) for message in listed]
 
 
 def _or_raise(index: int, prepared: np.ndarray | PromptError) -> np.ndarray:

@@ -12,7 +12,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 
@@ -33,6 +33,7 @@ READY = b"ready"
 TOO_LARGE = "prompt_too_large"
 _MAX_REASON = 400
 
+Renderer = Callable[..., tuple[list[str], object]]
 Reply = bytes | tuple[str, str]
 """int32 token ids, or (code, reason)."""
 
@@ -54,7 +55,7 @@ class _Preparer:
         self._tokenizer = Tokenizer.from_str(setup.tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._render: Callable[..., tuple[list[str], object]] | None = None
+        self._render: Renderer | None = None
         _bound_memory()
 
     def reply(self, prompt: str | Conversation) -> Reply:
@@ -99,12 +100,12 @@ class _Preparer:
             raise _Refusal("chat_template", text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}...") from None
         return rendered[0]
 
-    def _renderer(self) -> Callable[..., tuple[list[str], object]]:
+    def _renderer(self) -> Renderer:
         """transformers' own, imported when the first conversation comes: it takes half a second."""
         if self._render is None:
             from transformers.utils.chat_template_utils import render_jinja_template
 
-            self._render = render_jinja_template
+            self._render = cast(Renderer, render_jinja_template)  # whose annotation is wrong
             _bound_memory()
         return self._render
 

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import msgspec
 import numpy as np
@@ -190,7 +190,7 @@ class _Process:
         data = replies.read(size)
         return data if len(data) == size else None
 
-    def _answers(self, replies: BinaryIO, patience_s: float) -> bool:
+    def _answers(self, replies: IO[bytes], patience_s: float) -> bool:
         """Waits for the reply, or the end of the process; False where no prompt was finished for `patience_s`."""
         poll = select.poll()
         poll.register(replies, select.POLLIN)
