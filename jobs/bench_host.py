@@ -115,7 +115,7 @@ def _decode(num_sequences: int, shortest: int, longest: int, device_ms: float) -
         max_model_len=4096,
         max_num_batched_tokens=num_sequences * 1024,
         device_ms=device_ms,
-        warm_up=lambda engine: engine.num_steps < 20,
+        warm_up=lambda engine: engine.next_step < 20,
         ends=lambda engine, steps: steps >= DECODE_STEPS,
     )
 
@@ -132,7 +132,7 @@ PHASES = (
         max_model_len=520,
         max_num_batched_tokens=8192,
         device_ms=10.0,
-        warm_up=lambda engine: engine.num_steps < 20,
+        warm_up=lambda engine: engine.next_step < 20,
         ends=lambda engine, steps: engine.num_waiting == 0,
     ),
     Phase(
@@ -189,7 +189,7 @@ def _rounded(cost: Cost) -> dict[str, object]:
 
 def _recorded_cost(phase: Phase, device_ms: float = 0.0) -> Cost:
     with tempfile.TemporaryDirectory() as directory:
-        recorder = ParquetRecorder(Path(directory))
+        recorder = ParquetRecorder.alone(Path(directory))
         try:
             return _cost(phase, recorder, device_ms)
         finally:

@@ -65,7 +65,7 @@ def run_round(assembly: Assembly, load: Workload, *, seed: int, temperature: flo
     ]
     totals = _Totals()
     with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as directory:
-        flight = ParquetRecorder(Path(directory)) if with_recorder else None
+        flight = ParquetRecorder.alone(Path(directory)) if with_recorder else None
         recorders: list[Recorder] = [totals] if flight is None else [totals, flight]
         try:
             with _attached(assembly.engine, recorders), collector_kept_out():

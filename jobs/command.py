@@ -11,8 +11,10 @@ from typing import Generic, Protocol, TypeVar
 from jobs import provenance
 from jobs.clock import Clock
 from jobs.compose import Composition, ConfigSource, compose_config
+from jobs.continuation import Continuation
 from jobs.manifest import Manifest
 from jobs.masking import Masker
+from jobs.resume import Resuming
 from jobs.stop import StopRequest
 from jobs.usage import UsageError
 from nanovllm.logging.setup import LEVEL_VARIABLE, parse_level
@@ -44,6 +46,8 @@ class Run:
     """Claimed; holds manifest.json, .hydra/ and run.log."""
     manifest: Manifest
     clock: Clock
+    numbers: Continuation
+    """Where steps and sequences begin to count."""
     stop: StopRequest
     """Poll `stop.check()` between steps, inside `stop.deferred()`."""
 
@@ -69,24 +73,34 @@ class Command(Generic[ConfigT]):
     What it raises decides the exit code: `Stopped` 130 or 143, `UsageError` and `ModelError` 2 (the run never began;
     its directory is removed if it holds no result), anything else 1 with the traceback in run.log.
     """
+    resuming: Resuming | None = None
+    """None: its runs cannot be resumed."""
     config_dir: Path = CONF_DIR
+
+
+def check(command: Command[ConfigT], config: ConfigT) -> None:
+    """UsageError says why this configuration cannot run."""
+    try:
+        if config.log_level is None and os.environ.get(LEVEL_VARIABLE, "").strip():
+            parse_level(LEVEL_VARIABLE, os.environ[LEVEL_VARIABLE])
+        command.check(config)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def prepare(command: Command[ConfigT], source: ConfigSource[ConfigT], overrides: Sequence[str]) -> Composition[ConfigT]:
     """Composes, validates and checks without leaving a trace; UsageError says what is wrong."""
     composition = compose_config(source, overrides)
-    try:
-        if composition.config.log_level is None and os.environ.get(LEVEL_VARIABLE, "").strip():
-            parse_level(LEVEL_VARIABLE, os.environ[LEVEL_VARIABLE])
-        command.check(composition.config)
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+    check(command, composition.config)
     return composition
 
 
-def facts(module: str, words: Sequence[str], config: object, masker: Masker) -> dict[str, object]:
+def facts(
+    module: str, words: Sequence[str], overrides: Sequence[str], config: object, masker: Masker
+) -> dict[str, object]:
     """What the manifest says of a run from its first version on; `config` is resolved and masked already."""
     return {
+        "overrides": [masker.argument(word) for word in overrides],
         "config": config,
         "command": ["python", "-m", module, *(masker.argument(word) for word in words)],
         "working_directory": os.getcwd(),

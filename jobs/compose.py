@@ -95,6 +95,27 @@ def check_composition(source: ConfigSource[ConfigT], overrides: Sequence[str]) -
         _checked_tree(_compose(source, overrides, parsed), source, parsed)
 
 
+def given_value(source: ConfigSource[ConfigT], overrides: Sequence[str], key: str) -> str | None:
+    """What these overrides set a key to, as text; None without one, for null, and for what can be no single value."""
+    with _hydra(source):
+        override = complaints.setter(key, _parse(overrides))
+    if override is None or override.key_or_group != key or override.is_sweep_override():
+        return None
+    value = override.value()
+    return None if value is None else str(value)
+
+
+def merge_overrides(source: ConfigSource[ConfigT], overrides: Sequence[str], *, without: str) -> list[str]:
+    """Of several overrides for one key or group the last; without those of the key `without` and of Hydra's own."""
+    by_key: dict[str, str] = {}
+    with _hydra(source):
+        for override in _parse(overrides):
+            if not override.is_hydra_override() and override.key_or_group != without:
+                by_key.pop(override.key_or_group, None)
+                by_key[override.key_or_group] = str(override.input_line)
+    return list(by_key.values())
+
+
 def plan_sweep(source: ConfigSource[ConfigT], overrides: Sequence[str]) -> SweepPlan:
     """Reads the overrides of a sweep; what they sweep over is not composed yet."""
     with _hydra(source):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.chat_forms import check_template_kwargs
+from jobs.disk import DURABILITIES
 from nanovllm.config import (
     DEVICES,
     EngineConfig,
@@ -22,6 +23,24 @@ OPENAI_BATCH = "openai_batch"
 OUTPUT_FORMATS = ("jsonl", "parquet", OPENAI_BATCH)
 PROGRESS = ("auto", "on", "off")
 STANDARD_INPUT = "-"
+FREE_KEYS = (
+    "resume",
+    "log_level",
+    "progress",
+    "device",
+    "parallel",
+    "kv",
+    "engine.max_num_seqs",
+    "engine.max_num_batched_tokens",
+    "engine.enforce_eager",
+    "engine.kernels",
+    "engine.attention",
+    "reader.max_failures",
+    "writer.durability",
+    "recorder",
+)
+"""Keys and groups that a resumed run may change: what they change of a row's answer is at most the rounding, as another
+batch would. Every other key decides answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +76,12 @@ class WriterConfig:
     """jsonl, parquet, or openai_batch: OpenAI Batch lines, for input of that form alone."""
     keep: list[str] = field(default_factory=list)
     """Input columns that are carried into the output."""
+    durability: str = "power"
+    """What an acknowledged row survives: a loss of power, or the death of the process alone."""
 
     def __post_init__(self) -> None:
         check_choice("writer.format", self.format, OUTPUT_FORMATS)
+        check_choice("writer.durability", self.durability, DURABILITIES)
         if not all(column.strip() for column in self.keep):
             raise ValueError(f"writer.keep={self.keep}: must be a list of column names, none of them empty")
         if len(set(self.keep)) < len(self.keep):
@@ -74,7 +96,7 @@ class RecorderConfig:
 
     enabled: bool = True
     flush_s: float = 5.0
-    """Longest time in seconds that a recorded event may wait before it is on disk."""
+    """Longest time in seconds that a recorded event or a finished row may wait before it is on disk."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.flush_s) and self.flush_s > 0):
@@ -91,6 +113,8 @@ class GenerateConfig:
     """DEBUG, INFO, WARNING or ERROR; null takes NANOVLLM_LOG_LEVEL, else INFO."""
     progress: str = "auto"
     """The progress bar: auto shows it on a terminal."""
+    resume: str | None = None
+    """The directory of a run to go on with; its own configuration applies, and the further keys on top of it."""
     seed: int = 0
     """Seed of every row that has none of its own."""
     device: str = "auto"

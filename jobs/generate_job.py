@@ -1,32 +1,42 @@
 """The generate job: answers every row of an input file and records every step."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.command import EXIT_COMPLETE, EXIT_ROWS_FAILED, Command, Run
-from jobs.config import OPENAI_BATCH, GenerateConfig, to_llm_config
+from jobs.config import FREE_KEYS, OPENAI_BATCH, GenerateConfig, to_llm_config
 from jobs.figures import Figures
 from jobs.file_hashes import FileHashes
 from jobs.generate_loop import GenerateLoop
+from jobs.input_paths import resolve_paths
+from jobs.journal import Journal, JournalError
+from jobs.manifest import Manifest
 from jobs.progress import Progress
 from jobs.reader import RowReader, check_input
 from jobs.ready_rows import ReadyRows, weight
+from jobs.record_tables import RecordTables
 from jobs.recorder import ParquetRecorder
+from jobs.results import Results, verified_counts
+from jobs.resume import Resuming
 from jobs.row_feed import RowFeed
 from jobs.summary import show, summary
 from jobs.usage import UsageError
-from jobs.writer import FailureWriter, GenerationWriter, check_keep
+from jobs.writer import check_keep
 from nanovllm.errors import ModelError, SettingError
-from nanovllm.events import Recorder
 from nanovllm.models.checkpoint import check_checkpoint
 from nanovllm.models.model_config import parse_config
 from nanovllm.models.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:
     from nanovllm.assembly import Assembly
+    from nanovllm.engine.llm_engine import LLMEngine
+
+    Assemble = Callable[[GenerateConfig, Run, Figures, ModelSource], Assembly]
 
 SMALL_MODEL = 20_000_000
 """Weights below which one CPU thread is used: a second gains up to a half on an idle machine, but its barriers, one or
@@ -59,10 +69,90 @@ def check(config: GenerateConfig) -> None:
             )
 
 
-def run(config: GenerateConfig, run: Run) -> int:
-    """Load, generate, finish; returns 3 when some rows have no answer."""
+def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) -> int:
+    """Load, generate, finish; returns 3 when some rows have no answer.
+
+    A run that is resumed begins with what its earlier attempts have acknowledged. `assemble` builds the engine.
+    """
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
-    reader = RowReader(
+    reader = _reader(config)
+    power, resumed = config.writer.durability == "power", run.manifest.attempt > 0
+    figures = Figures()
+    with ExitStack() as stack:
+        results = stack.enter_context(
+            Results(run.directory, config.writer.format, config.writer.keep, power=power, resumed=resumed)
+        )
+        results.check_against(run.manifest.get("counts"))
+        rows = RowFeed(results.missing(reader), config.engine.max_num_seqs, weight=lambda row: row.weight)
+        stack.callback(rows.close)
+        rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
+        hashes = FileHashes(source, reader.paths)
+        run.manifest.record(fingerprint=hashes.fingerprint())
+        if resumed:
+            run.manifest.record_attempt(began_with=results.facts())
+        assembly = (assemble or _assemble)(config, run, figures, source)
+        stack.callback(_note_numbers, assembly.engine, run)
+        _check_dtype(run, assembly)
+        stack.callback(assembly.intake.close)
+        ready = RowFeed(ReadyRows(rows, assembly.intake, config.sampling), config.engine.max_num_seqs, weight)
+        stack.callback(_end_feeds, rows, ready)
+        stages = [results.generations, results.failures]
+        tables = _record_tables(config, run, power)
+        journal = Journal([*tables, *stages], flush_s=config.recorder.flush_s)
+        stack.enter_context(closing(journal))
+        assembly.engine.recorders += [ParquetRecorder(journal, table) for table in tables]
+        run.manifest.record(device=assembly.device, engine=assembly.facts())
+        loop = GenerateLoop(
+            assembly,
+            ready,
+            journal,
+            results.generations,
+            results.failures,
+            Progress(config.progress, reader.count()),
+            source=", ".join(reader.paths),
+            in_step=all(Path(path).is_file() for path in reader.paths),
+            max_failures=config.reader.max_failures,
+        )
+        try:
+            with run.phase("generate"), run.stop.deferred():
+                loop.run(run.stop, lambda: _note_hashes(hashes, run))
+        except BaseException as error:
+            _break_off(error, journal, results, run, lambda: _so_far(hashes, reader, loop, figures))
+            raise
+        with run.phase("write"):
+            outputs = results.finish(sum(file.num_rows for file in reader.files))
+        with run.phase("finish"):
+            hashes.wait()
+            run.manifest.record(
+                **_so_far(hashes, reader, loop, figures),
+                fingerprint=hashes.fingerprint(),
+                output=[{**asdict(file), "path": file.path.name} for file in outputs],
+            )
+            results.remove_logs()  # the manifest names the final files: from here on they are the results
+    answers = BUNDLED_PROMPTS if config.input is None else None
+    show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
+    return EXIT_ROWS_FAILED if results.failures.num_flushed else EXIT_COMPLETE
+
+
+def fingerprint(config: GenerateConfig) -> dict[str, Any]:
+    """Of the files that decide answers, as they are now; reads all of them."""
+    source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
+    hashes = FileHashes(source, resolve_paths(input_of(config)))
+    hashes.wait()
+    return hashes.fingerprint()
+
+
+def settled(run_directory: Path, manifest: Manifest) -> int | None:
+    """The exit code of a run that has everything, its files verified; None where there is something left to do."""
+    counts = verified_counts(run_directory, manifest)
+    if counts is None:
+        return None
+    show(f"{run_directory}: complete, {counts['answered']:,} answered, {counts['failed']:,} failed; files verified")
+    return EXIT_ROWS_FAILED if counts["failed"] else EXIT_COMPLETE
+
+
+def _reader(config: GenerateConfig) -> RowReader:
+    return RowReader(
         input_of(config),
         limit=config.reader.limit,
         prompt=config.reader.prompt,
@@ -71,49 +161,6 @@ def run(config: GenerateConfig, run: Run) -> int:
         chat_template_kwargs=config.reader.chat_template_kwargs,
         batch_only=config.writer.format == OPENAI_BATCH,
     )
-    rows = RowFeed(reader, config.engine.max_num_seqs, weight=lambda row: row.weight)
-    rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
-    figures = Figures()
-    with ExitStack() as stack:
-        stack.callback(rows.close)
-        assembly = _assemble(config, run, figures, source)
-        stack.callback(assembly.intake.close)
-        ready = RowFeed(ReadyRows(rows, assembly.intake, config.sampling), config.engine.max_num_seqs, weight)
-        stack.callback(_end_feeds, rows, ready)
-        recorder = stack.enter_context(closing(_flight_recorder(config, run)))
-        assembly.engine.recorders.append(recorder)
-        generations = stack.enter_context(GenerationWriter(run.directory, config.writer.format, config.writer.keep))
-        failures = stack.enter_context(FailureWriter(run.directory))
-        hashes = FileHashes(source)
-        run.manifest.record(device=assembly.device, engine=assembly.facts())
-        loop = GenerateLoop(
-            assembly,
-            ready,
-            generations,
-            failures,
-            Progress(config.progress, reader.count()),
-            source=", ".join(reader.paths),
-            in_step=all(Path(path).is_file() for path in reader.paths),
-            max_failures=config.reader.max_failures,
-        )
-        try:
-            with run.phase("generate"), run.stop.deferred():
-                loop.run(run.stop)
-        except BaseException:
-            run.manifest.record(**_so_far(hashes, reader, loop, figures))
-            raise
-        with run.phase("write"):
-            outputs = [generations.finish(), failures.finish()]
-        with run.phase("finish"):
-            recorder.close()
-            hashes.wait()
-            run.manifest.record(
-                **_so_far(hashes, reader, loop, figures),
-                output=[{**asdict(file), "path": file.path.name} for file in outputs],
-            )
-    answers = BUNDLED_PROMPTS if config.input is None else None
-    show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
-    return EXIT_ROWS_FAILED if loop.num_failed else EXIT_COMPLETE
 
 
 def _end_feeds(rows: RowFeed, ready: RowFeed) -> None:
@@ -132,10 +179,46 @@ def _so_far(hashes: FileHashes, reader: RowReader, loop: GenerateLoop, figures: 
     }
 
 
-def _flight_recorder(config: GenerateConfig, run: Run) -> Recorder:
+def _note_hashes(hashes: FileHashes, run: Run) -> None:
+    if hashes.has_news:
+        run.manifest.record(fingerprint=hashes.fingerprint())
+
+
+def _note_numbers(engine: "LLMEngine", run: Run) -> None:
+    """For an attempt without records, from which a later one could not tell where to go on."""
+    with contextlib.suppress(OSError):  # a disk that fails here has failed before, and then nothing counts on it
+        run.manifest.record_attempt(last_step=engine.last_committed, last_seq_id=engine.next_seq_id - 1)
+
+
+def _break_off(
+    error: BaseException, journal: Journal, results: Results, run: Run, facts: Callable[[], dict[str, object]]
+) -> None:
+    """Seals what there is and writes it down; should that fail too, `error` is still the one that counts."""
+    try:
+        journal.close()
+        results.failures.finish()  # what went wrong so far; the run's results stay in the logs
+        run.manifest.record(**facts())
+    except (JournalError, OSError) as second:
+        if not isinstance(error, JournalError):
+            error.add_note(f"and what was finished could not be written: {second}")
+
+
+def _record_tables(config: GenerateConfig, run: Run, power: bool) -> "list[RecordTables]":
     if not config.recorder.enabled:
-        return Recorder()
-    return ParquetRecorder(run.directory, flush_s=config.recorder.flush_s)
+        return []
+    return [RecordTables(run.directory / "records", attempt=run.manifest.attempt, durable=power)]
+
+
+def _check_dtype(run: Run, assembly: "Assembly") -> None:
+    """model.dtype=auto may mean another type on this machine, and then other answers."""
+    now = assembly.facts().get("dtype")
+    for attempt in run.manifest["attempts"]:
+        before = attempt.get("engine", {}).get("dtype", now)
+        if before != now:
+            raise UsageError(
+                f"resume={run.directory}: the run has answers in {before}, and model.dtype here is {now}; "
+                f"resume it with device and model.dtype as they were"
+            )
 
 
 def _assemble(config: GenerateConfig, run: Run, figures: Figures, source: ModelSource) -> "Assembly":
@@ -148,10 +231,23 @@ def _assemble(config: GenerateConfig, run: Run, figures: Figures, source: ModelS
         torch.set_num_threads(1)
     try:
         return assemble(
-            to_llm_config(config), recorders=[figures], clock=run.clock.now_ns, source=source, phase=run.phase
+            to_llm_config(config),
+            recorders=[figures],
+            clock=run.clock.now_ns,
+            source=source,
+            phase=run.phase,
+            first_step=run.numbers.first_step,
+            first_seq_id=run.numbers.first_seq_id,
         )
     except SettingError as error:
         raise UsageError(str(error)) from error
 
 
-COMMAND = Command(module="jobs.generate", config_name="generate", schema=GenerateConfig, check=check, run=run)
+COMMAND = Command(
+    module="jobs.generate",
+    config_name="generate",
+    schema=GenerateConfig,
+    check=check,
+    run=run,
+    resuming=Resuming(fingerprint=fingerprint, settled=settled, free_keys=FREE_KEYS),
+)

@@ -1,8 +1,9 @@
 """The loop of a generate job: rows in, steps, rows out."""
 
-from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from jobs.journal import VALUE_BYTES, Journal
 from jobs.progress import Progress
 from jobs.ration import Ration
 from jobs.ready_rows import ReadyRow
@@ -26,14 +27,15 @@ class GenerateLoop:
     """Answers every row of an input.
 
     Rows are taken in only while fewer than `max_num_seqs` wait for the engine, so memory does not grow with the
-    input. A finished row is on disk before the next step is committed. A row that cannot be answered goes to the
-    failures and touches no other.
+    input. A finished row goes to the journal, behind the records of its steps, and counts once the journal has made it
+    durable. A row that cannot be answered goes to the failures and touches no other.
     """
 
     def __init__(
         self,
         assembly: "Assembly",
         rows: RowFeed[ReadyRow | BadRow],
+        journal: Journal,
         generations: GenerationWriter,
         failures: FailureWriter,
         progress: Progress,
@@ -42,38 +44,42 @@ class GenerateLoop:
         in_step: bool,
         max_failures: int | None,
     ) -> None:
-        """`source` names the input in the log.
+        """`generations` and `failures` are stages of the journal, behind the records.
+
+        `source` names the input in the log.
 
         `in_step`: the next row is always waited for, so that the same input gives the same schedule. Without it (an
         input that may pause, such as a pipe) what runs goes on while no row comes.
         """
-        self.num_answered = 0
-        self.failure_codes: Counter[str] = Counter()
         self._engine = assembly.engine
         self._intake = assembly.intake
         self._rows = rows
         self._source = source
         self._in_step = in_step
+        self._journal = journal
         self._generations = generations
         self._failures = failures
         self._progress = progress
         self._max_failures = max_failures
         self._running: dict[int, ReadyRow] = {}
         self._num_output_tokens = 0
+        self._num_failed = failures.num_flushed
+        """Those that are not acknowledged yet included."""
 
-    def run(self, stop: StopRequest) -> None:
+    def run(self, stop: StopRequest, between_steps: Callable[[], object] = lambda: None) -> None:
         """Until every row is answered or has failed; on a stop request, running rows are given up."""
         for recorder in self._engine.recorders:
             recorder.on_start(None, None, self._source)
         try:
-            with collector_kept_out() as between_steps:
+            with collector_kept_out() as collect:
                 while self._feed(stop) or self._engine.has_work():
                     for output in self._engine.step():
                         self._finish(output)
-                    self._generations.flush()
                     self._show_progress()
                     stop.check()
                     between_steps()
+                    collect()
+            self._journal.close()
             self._show_progress()
         except BaseException as error:
             self._give_up(error)
@@ -84,19 +90,20 @@ class GenerateLoop:
             recorder.on_end()
 
     def _show_progress(self) -> None:
-        self._progress.update(self.num_answered + self.num_failed, self._num_output_tokens, self.num_failed)
-
-    @property
-    def num_failed(self) -> int:
-        return self.failure_codes.total()
+        self._progress.update(
+            self._generations.num_flushed + self._failures.num_flushed,
+            self._num_output_tokens,
+            self._failures.num_flushed,
+        )
 
     def counts(self) -> dict[str, object]:
-        """Rows so far: all of them, answered, failed, and these by their code, the commonest first."""
+        """Acknowledged rows of all attempts: all of them, answered, failed, and these by code, the commonest first."""
+        answered, failed = self._generations.num_flushed, self._failures.num_flushed
         return {
-            "rows": self.num_answered + self.num_failed,
-            "answered": self.num_answered,
-            "failed": self.num_failed,
-            "failed_by_code": dict(self.failure_codes.most_common()),
+            "rows": answered + failed,
+            "answered": answered,
+            "failed": failed,
+            "failed_by_code": dict(self._failures.codes.most_common()),
         }
 
     def _give_up(self, error: BaseException) -> None:
@@ -133,8 +140,7 @@ class GenerateLoop:
             reason = f"the model's logits were not finite after {len(output.token_ids)} output tokens"
             self._fail(row.failed(PromptError("logits_not_finite", reason)))
             return
-        self.num_answered += 1
-        self._generations.write(
+        line = self._generations.encode(
             Generation(
                 row=row.row,
                 sample=output.sample,
@@ -146,11 +152,13 @@ class GenerateLoop:
                 columns=row.columns,
             )
         )
+        self._journal.append(self._generations, line, 1 + len(line.line) // VALUE_BYTES)
 
     def _fail(self, row: BadRow) -> None:
-        self.failure_codes[str(row.code)] += 1
-        self._failures.write(row)
-        if self._max_failures is not None and self.num_failed > self._max_failures:
+        self._num_failed += 1
+        failure = self._failures.encode(row)
+        self._journal.append(self._failures, failure, 1 + len(failure[1].line) // VALUE_BYTES)
+        if self._max_failures is not None and self._num_failed > self._max_failures:
             raise TooManyFailures(
                 f"more than reader.max_failures={self._max_failures} rows failed; the last one is row {row.row} "
                 f"({row.file}, line {row.line}): {row.reason}"

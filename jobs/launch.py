@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import hydra
 
-from jobs import command_line
+from jobs import command_line, schema
 from jobs.clock import Clock
 from jobs.command import (
     EXIT_COMPLETE,
@@ -25,15 +26,29 @@ from jobs.command import (
     Command,
     ConfigT,
     Run,
+    check,
     complain,
     facts,
     prepare,
 )
 from jobs.command_line import CommandLine
-from jobs.compose import HYDRA_VERSION_BASE, Composition, ConfigSource, check_composition, compose_config, register
+from jobs.compose import (
+    HYDRA_VERSION_BASE,
+    RUN_DIR,
+    Composition,
+    ConfigSource,
+    check_composition,
+    compose_config,
+    given_value,
+    register,
+)
+from jobs.continuation import Continuation, continuation
 from jobs.manifest import COMPLETE, FAILED, INTERRUPTED, Manifest
 from jobs.masking import Masker
+from jobs.results import ResultsError
+from jobs.resume import KEY, earlier_run
 from jobs.run_dir import RUN_LOG, RunDirectory, append_to_log, claim, write_hydra_files
+from jobs.run_lock import RunLock
 from jobs.stop import Stopped, StopRequest
 from jobs.sweep import sweep
 from jobs.usage import UsageError
@@ -61,12 +76,18 @@ def launch(command: Command[ConfigT], words: Sequence[str] | None = None) -> int
             source = _source(command, line)
             if line.shows:
                 return _show(command, source, line)
+            resumed = _resumed_run(command, source, line)
+            if resumed is not None:
+                return _resume(command, source, line, stop, resumed)
             if line.multirun:
                 return sweep(command, source, line, stop)
             return _run_one(command, source, line, stop)
     except UsageError as error:
         complain(str(error))
         return EXIT_USAGE
+    except ResultsError as error:  # of a run that was complete
+        complain(str(error))
+        return EXIT_FAILED
     except Stopped as stopped:
         complain(f"{stopped}: stopped")
         return stopped.exit_code
@@ -83,22 +104,88 @@ def _source(command: Command[ConfigT], line: CommandLine) -> ConfigSource[Config
     )
 
 
+def _resumed_run(command: Command[ConfigT], source: ConfigSource[ConfigT], line: CommandLine) -> str | None:
+    """The directory that `resume=` names."""
+    if KEY not in schema.keys(command.schema) or not any(KEY in word for word in line.overrides):
+        return None
+    given = given_value(source, line.overrides, KEY)
+    if given is not None and line.multirun:
+        raise UsageError(f"resume={given}: a sweep cannot be resumed; resume its jobs one by one, without -m")
+    if given is not None and given_value(source, line.overrides, RUN_DIR) is not None:
+        raise UsageError(f"{RUN_DIR}: has no effect with resume={given}, which goes on in that directory")
+    return given
+
+
 def _run_one(command: Command[ConfigT], source: ConfigSource[ConfigT], line: CommandLine, stop: StopRequest) -> int:
     composition = prepare(command, source, line.overrides)
     masker = Masker(os.environ)
     clock = Clock()
-    first_facts = facts(command.module, line.words, masker.resolved(composition.tree), masker)
-    manifests: list[Manifest] = []
-    with stop.deferred():  # a directory is either claimed, with its manifest, or not there
+    first_facts = facts(command.module, line.words, line.overrides, masker.resolved(composition.tree), masker)
+    begun: list[tuple[RunLock, Manifest]] = []
+    with stop.deferred():  # a directory is either claimed, locked and with its manifest, or not there
         directory = claim(
             composition.run_dir,
             composition.run_dir_chosen,
-            lambda path: manifests.append(Manifest.create(path, clock, first_facts)),
+            lambda path: begun.append(_begin(path, clock, first_facts)),
         )
-    run = Run(directory=directory.path, manifest=manifests[-1], clock=clock, stop=stop)
-    return _Ending(command.module, directory, run, masker).of(
-        lambda: _job(command, composition, run, directory, masker)
-    )
+    lock, manifest = begun[-1]
+    run = Run(directory=directory.path, manifest=manifest, clock=clock, numbers=Continuation(), stop=stop)
+    try:
+        return _until_its_end(command, composition, run, directory, masker)
+    finally:
+        lock.release()
+
+
+def _begin(path: Path, clock: Clock, first_facts: dict[str, object]) -> tuple[RunLock, Manifest]:
+    lock = RunLock(path)
+    try:
+        return lock, Manifest.create(path, clock, first_facts)
+    except BaseException:
+        lock.release(remove=True)
+        raise
+
+
+def _resume(
+    command: Command[ConfigT], source: ConfigSource[ConfigT], line: CommandLine, stop: StopRequest, given: str
+) -> int:
+    """Goes on with the run in the directory `given`; a run that is complete is verified."""
+    resuming = command.resuming
+    if resuming is None:
+        raise UsageError(f"resume={given}: {command.module} cannot go on with a run")
+    check_composition(source, line.overrides)
+    masker = Masker(os.environ)
+    with earlier_run(given) as earlier:
+        if source.extra_dir is None:
+            source = replace(source, extra_dir=earlier.extra_dir())
+        composition = compose_config(source, earlier.overrides(source, line.overrides))
+        config = masker.resolved(composition.tree)
+        earlier.check_config(config, resuming.free_keys)
+        code = resuming.settled(earlier.path, earlier.manifest)
+        if code is not None:
+            if earlier.manifest["status"] != COMPLETE:
+                earlier.manifest.finish(COMPLETE, code)
+            return code
+        if composition.config.reads_standard_input:
+            raise earlier.refusal("its input is standard input, which can be read only once")
+        check(command, composition.config)
+        earlier.check_files(resuming.fingerprint(composition.config))
+        numbers = continuation(earlier.path, earlier.manifest)
+        clock = Clock.resumed(datetime.fromisoformat(earlier.manifest["clock_zero"]), numbers.last_ns)
+        earlier.manifest.resume(clock, facts(command.module, line.words, line.overrides, config, masker))
+        run = Run(directory=earlier.path, manifest=earlier.manifest, clock=clock, numbers=numbers, stop=stop)
+        return _until_its_end(command, composition, run, RunDirectory(path=earlier.path, created=()), masker)
+
+
+def _until_its_end(
+    command: Command[ConfigT],
+    composition: Composition[ConfigT],
+    run: Run,
+    directory: RunDirectory,
+    masker: Masker,
+) -> int:
+    resumable = command.resuming is not None and not composition.config.reads_standard_input
+    ending = _Ending(command.module, directory, run, masker, resumable)
+    return ending.of(lambda: _job(command, composition, run, directory, masker))
 
 
 def _job(
@@ -131,6 +218,7 @@ class _Ending:
     directory: RunDirectory
     run: Run
     masker: Masker
+    resumable: bool
 
     def of(self, job: Callable[[], int]) -> int:
         try:
@@ -150,7 +238,7 @@ class _Ending:
             return self._failed(error)
 
     def _interrupted(self, stopped: Stopped) -> int:
-        complain(f"{stopped}: stopped; what was finished is in {self._path}")
+        complain(f"{stopped}: stopped; what was finished is in {self._path}{self._cure}")
         return self._finish(INTERRUPTED, stopped.exit_code, str(stopped))
 
     def _never_began(self, error: Exception) -> int:
@@ -161,7 +249,7 @@ class _Ending:
 
     def _failed(self, error: BaseException) -> int:
         summary = f"{type(error).__name__}: {error}"
-        complain(f"the run failed: {' '.join(summary.split())}; traceback in {self._path / RUN_LOG}")
+        complain(f"the run failed: {' '.join(summary.split())}; traceback in {self._path / RUN_LOG}{self._cure}")
         return self._finish(FAILED, EXIT_FAILED, summary, "".join(traceback.format_exception(error)))
 
     def _finish(self, status: str, code: int, error: str | None = None, log: str | None = None) -> int:
@@ -169,7 +257,7 @@ class _Ending:
         mask = self.masker.text
         try:
             if log is not None:
-                append_to_log(self.directory.path, self.module, mask(log))
+                _append_if_possible(self.directory.path, self.module, mask(log))
             self.run.manifest.finish(status, code, None if error is None else mask(error))
         except OSError as cause:
             complain(f"{self._path}: the end of the run cannot be written down: {cause}")
@@ -177,9 +265,21 @@ class _Ending:
         return code
 
     @property
+    def _cure(self) -> str:
+        return f"; to go on: python -m {self.module} resume={self._path}" if self.resumable else ""
+
+    @property
     def _path(self) -> Path:
         """As the user would type it."""
         return Path(os.path.relpath(self.directory.path))
+
+
+def _append_if_possible(directory: Path, module: str, log: str) -> None:
+    """A full disk that has no room for the traceback may still have some for the manifest."""
+    try:
+        append_to_log(directory, module, log)
+    except OSError as error:
+        complain(f"{directory / RUN_LOG}: {error}")
 
 
 def _show(command: Command[ConfigT], source: ConfigSource[ConfigT], line: CommandLine) -> int:

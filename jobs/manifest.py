@@ -1,6 +1,5 @@
 """manifest.json: what ran, where, and how it ended."""
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,15 +8,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs import disk
 from jobs.clock import Clock
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
 RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
+KILLED = "killed"
+"""Of an attempt that could not write down its end."""
 ENDS = (COMPLETE, FAILED, INTERRUPTED)
 OWN_FIELDS = ("schema_version", "status", "exit_code", "error", "clock_zero", "attempts")
-
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
+OF_AN_ATTEMPT = ("config", "versions", "git", "machine", "device", "engine", "figures")
+"""Fields of the top level that another attempt may change."""
 
 
 class Manifest:
@@ -36,7 +38,7 @@ class Manifest:
     def create(cls, directory: Path, clock: Clock, facts: Mapping[str, Any]) -> "Manifest":
         """Writes the first version, status running; FileExistsError where the directory has a manifest.
 
-        `facts` is what is known before the run: config, command, versions, git, machine.
+        `facts` is what is known before the run: config, command, overrides, versions, git, machine.
         """
         content = {
             "schema_version": SCHEMA_VERSION,
@@ -45,9 +47,9 @@ class Manifest:
             "error": None,
             "clock_zero": clock.zero.isoformat(),
             **_checked(facts),
-            "attempts": [{"attempt": 0, "started": _now(), "ended": None, "phases": []}],
+            "attempts": [_attempt(0, facts)],
         }
-        _write_first(directory / NAME, _encode(content))
+        disk.put(directory / NAME, _encode(content), beside=_beside(directory), exclusive=True)
         return cls(directory, content, clock)
 
     @classmethod
@@ -55,12 +57,43 @@ class Manifest:
         """The manifest of a run that another process wrote."""
         return cls(directory, json.loads((directory / NAME).read_bytes()), None)
 
+    def resume(self, clock: Clock, facts: Mapping[str, Any]) -> None:
+        """Begins one more attempt of a run that was loaded; its directory must be locked.
+
+        What the top level says of an attempt moves into that attempt's entry.
+        """
+        last = self._content["attempts"][-1]
+        last |= {name: self._content[name] for name in OF_AN_ATTEMPT if name in self._content}
+        if last["ended"] is None:
+            last["status"] = KILLED
+        for name in OF_AN_ATTEMPT:
+            self._content.pop(name, None)
+        command = self._content["command"]  # stays the first one's: what made the directory
+        self._content.update(_checked(facts), command=command, status=RUNNING, exit_code=None, error=None)
+        self._content["attempts"].append(_attempt(last["attempt"] + 1, facts))
+        self._clock = clock
+        self._write()
+
     def __getitem__(self, name: str) -> Any:
         return self._content[name]
+
+    def get(self, name: str) -> Any:
+        """None where the manifest does not have it."""
+        return self._content.get(name)
+
+    @property
+    def attempt(self) -> int:
+        """The latest one's number."""
+        return self._content["attempts"][-1]["attempt"]
 
     def record(self, **facts: Any) -> None:
         """Adds or replaces fields such as model, input, counts, figures, device."""
         self._content.update(_checked(facts))
+        self._write()
+
+    def record_attempt(self, **facts: Any) -> None:
+        """Adds fields to the latest attempt's entry."""
+        self._content["attempts"][-1] |= facts
         self._write()
 
     @contextmanager
@@ -80,19 +113,44 @@ class Manifest:
         """The run has ended: complete, failed or interrupted."""
         if status not in ENDS:
             raise ValueError(f"status={status}: must be one of {', '.join(ENDS)}")
-        self._content.update(status=status, exit_code=exit_code, error=error)
-        self._content["attempts"][-1]["ended"] = _now()
+        end = {"status": status, "exit_code": exit_code, "error": error}
+        self._content.update(end)
+        self._content["attempts"][-1] |= {**end, "ended": _now()}
         self._write()
 
     def _write(self) -> None:
-        _replace(self._path, _encode(self._content))
+        disk.put(self._path, _encode(self._content), beside=_beside(self._path.parent))
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what killed writers of the manifest have left; the directory must be locked."""
+    for path in directory.glob(f".{NAME}.*.tmp"):
+        disk.remove(path)
+
+
+def _attempt(number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "attempt": number,
+        "started": _now(),
+        "ended": None,
+        "status": RUNNING,
+        "exit_code": None,
+        "error": None,
+        "command": facts.get("command"),
+        "overrides": facts.get("overrides"),
+        "phases": [],
+    }
+
+
+def _beside(directory: Path) -> Path:
+    return directory / f".{NAME}.{os.getpid()}.tmp"
 
 
 def _checked(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     taken = [name for name in facts if name in OWN_FIELDS]
     if taken:
         raise ValueError(f"{', '.join(taken)}: the manifest sets these fields itself")
-    return facts
+    return {name: value for name, value in facts.items() if name != "overrides"}  # they stand in the attempt
 
 
 def _encode(content: dict[str, Any]) -> bytes:
@@ -103,49 +161,3 @@ def _encode(content: dict[str, Any]) -> bytes:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
-
-
-def _write_first(path: Path, data: bytes) -> None:
-    """Puts a complete file there, or raises FileExistsError: a hard link is both exclusive and atomic."""
-    temporary = _write_beside(path, data)
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = _write_beside(path, data)
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
-
-
-def _write_beside(path: Path, data: bytes) -> Path:
-    """A temporary file in the same directory, flushed to the device."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
+from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,14 +94,20 @@ def parquet_schema(id_kind: Kind, column_kinds: Mapping[str, Kind]) -> ParquetSc
     return ParquetSchema(arrow=arrow, ids_as_text=ids_as_text, json_columns=json_columns)
 
 
-def write_parquet(path: Path, lines: Iterator[bytes], schema: ParquetSchema) -> None:
+def write_parquet(file: BufferedWriter, lines: Iterator[bytes], schema: ParquetSchema) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(path, schema.arrow, compression="zstd") as file:
+    with pq.ParquetWriter(file, schema.arrow, compression="zstd") as writer:
         for group in _groups(lines):
             records = [_parquet_record(record, schema) for record in group]
-            file.write_table(pa.Table.from_pylist(records, schema=schema.arrow))
+            writer.write_table(pa.Table.from_pylist(records, schema=schema.arrow))
+
+
+def count_parquet_rows(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
 
 
 def _groups(lines: Iterator[bytes]) -> Iterator[list[dict[str, object]]]:

@@ -1,12 +1,13 @@
 """Parquet parts of one table: each is written under another name, made durable, and only then gets its own."""
 
-import os
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs import disk
 from jobs.record_schemas import SCHEMAS, TABLES
 
 
@@ -18,27 +19,34 @@ class PartWriter:
     one of the same replica left unfinished; it never overwrites a part.
     """
 
-    def __init__(self, records: Path, table: str, *, replica: int, attempt: int) -> None:
+    def __init__(self, records: Path, table: str, *, replica: int, attempt: int, durable: bool = True) -> None:
+        """Without `durable`, parts are whole but may be lost with the machine."""
         self._directory = records / table
         self._schema = SCHEMAS[table]
         self._prefix = f"a{attempt:04d}-r{replica:04d}-"
         self._num_parts = 0
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._durable = durable
+        _make_directories(self._directory)
         if any(self._directory.glob(f"{self._prefix}*.parquet")):
             raise FileExistsError(f"{self._directory} already has records of replica {replica}, attempt {attempt}")
         for unfinished in self._directory.glob(f"a*-r{replica:04d}-*.tmp"):
-            unfinished.unlink()
+            disk.remove(unfinished)
 
     def write(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """One more part, possibly without rows; it is there, durably, when this returns."""
+        """One more part, possibly without rows; it is there when this returns."""
         part = self._directory / f"{self._prefix}{self._num_parts:08d}.parquet"
-        unfinished = part.with_name(part.name + ".tmp")
         table = pa.Table.from_batches(batches, self._schema)
+        encoded = pa.BufferOutputStream()
         # zstd alone: dictionaries would double the time and spare little, because batches repeat from step to step.
-        pq.write_table(table, str(unfinished), compression="zstd", use_dictionary=False)
-        _sync(unfinished)
-        os.rename(unfinished, part)
-        _sync(self._directory)
+        pq.write_table(table, encoded, compression="zstd", use_dictionary=False)
+        data = memoryview(encoded.getvalue())
+        disk.replace(
+            part,
+            lambda file: file.write(data),
+            lambda path: None,
+            beside=part.with_name(part.name + ".tmp"),
+            durable=self._durable,
+        )
         self._num_parts += 1
 
 
@@ -52,9 +60,13 @@ def read_records(run_directory: Path, table: str) -> pa.Table:
     return pa.concat_tables([pq.ParquetFile(part).read() for part in parts])
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def parts_of(run_directory: Path, table: str) -> Iterator[pq.FileMetaData]:
+    """The footers of a table's parts, in the order of their names; none where the run has no records."""
+    for part in sorted((run_directory / "records" / table).glob("*.parquet")):
+        yield pq.read_metadata(part)
+
+
+def _make_directories(path: Path) -> None:
+    for directory in (path.parent.parent, path.parent, path):
+        with contextlib.suppress(FileExistsError):
+            disk.make_directory(directory)

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from jobs import disk
 from jobs.compose import Composition
 from jobs.manifest import NAME as MANIFEST
 from jobs.masking import Masker
@@ -21,7 +22,14 @@ ALLOWED_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 """No = and no comma: DuckDB would read them as hive columns, Hydra could not read them back."""
 RUN_LOG = "run.log"
 HYDRA_DIR = ".hydra"
-RESULTS = ("generations.jsonl", "generations.partial.jsonl", "generations.parquet", "failures.jsonl", "records")
+RESULTS = (
+    "generations.jsonl",
+    "generations.partial.jsonl",
+    "generations.parquet",
+    "failures.jsonl",
+    "failures.partial.jsonl",
+    "records",
+)
 """A directory that holds one of these, without a manifest, is the rest of a run: new parts must not mix with it."""
 
 
@@ -79,7 +87,7 @@ def make_free(wanted: Path, parents: bool = True) -> tuple[Path, ...]:
         suffix = f"-{number}" if number > 1 else ""
         path = wanted.parent / file_name(wanted.name, suffix)
         try:
-            path.mkdir()
+            disk.make_directory(path)
         except FileExistsError:
             continue
         return (*created, path)
@@ -87,7 +95,7 @@ def make_free(wanted: Path, parents: bool = True) -> tuple[Path, ...]:
 
 
 def write_hydra_files(directory: Path, composition: Composition, masker: Masker) -> None:
-    """Writes .hydra/{config,overrides,hydra}.yaml as Hydra does, secrets masked."""
+    """Writes .hydra/{config,overrides,hydra}.yaml as Hydra does, secrets masked; what is there of them stays."""
     hydra = masker.unresolved(composition.hydra)
     for name in ("help", "hydra_help"):
         hydra.pop(name)
@@ -97,7 +105,7 @@ def write_hydra_files(directory: Path, composition: Composition, masker: Masker)
     given: Any = OmegaConf.to_container(composition.hydra.overrides, resolve=False)
     hydra.overrides = {kind: [masker.argument(text) for text in given[kind]] for kind in ("task", "hydra")}
     target = directory / HYDRA_DIR
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     _write_yaml(target / "config.yaml", masker.unresolved(composition.tree))
     _write_yaml(target / "overrides.yaml", OmegaConf.create(hydra.overrides["task"]))
     _write_yaml(target / "hydra.yaml", OmegaConf.create({"hydra": hydra}))
@@ -147,7 +155,7 @@ def _make_parents(directory: Path) -> tuple[Path, ...]:
     created: list[Path] = []
     for path in (*reversed(directory.parents), directory):
         try:
-            path.mkdir()
+            disk.make_directory(path)
             created.append(path)
         except FileExistsError:
             if not path.is_dir():
@@ -166,5 +174,7 @@ def _remove_empty(created: tuple[Path, ...]) -> None:
 
 
 def _write_yaml(path: Path, content: DictConfig | ListConfig) -> None:
+    if path.exists() and path.stat().st_size:
+        return
     # A command line may hold bytes that are not UTF-8; they are written as escapes.
     path.write_bytes(OmegaConf.to_yaml(content).encode("utf-8", "backslashreplace"))

@@ -92,7 +92,7 @@ class JobRun:
 
     def _write_failure(self, code: int, error: str, log: str, config: dict[str, object] | None) -> None:
         masker = Masker(os.environ)
-        first_facts = facts(self.module, self._arguments(), config, masker)
+        first_facts = facts(self.module, self._arguments(), self.job.overrides, config, masker)
         try:
             self._finish(Manifest.create(self.path, Clock(), first_facts), code, masker.text(error), masker.text(log))
         except OSError as cause:

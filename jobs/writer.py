@@ -1,24 +1,23 @@
-"""Generations and failures on disk: appended as they happen, put into input order at the end."""
+"""Generations and failures on disk: logged as they happen, put into input order at the end."""
 
-import contextlib
-import hashlib
-import os
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
-import numpy as np
 
-from jobs.append_log import GROUP_BYTES, ORDER_CHUNK, AppendLog
-from jobs.parquet_output import Kind, kind_of, parquet_schema, write_parquet
+from jobs import disk
+from jobs.parquet_output import Kind, count_parquet_rows, kind_of, parquet_schema, write_parquet
+from jobs.row_log import RowLine, RowLog
 from jobs.rows import BadRow
 
 FORMATS = ("jsonl", "parquet")
 PARTIAL_NAME = "generations.partial.jsonl"
+PARTIAL_FAILURES_NAME = "failures.partial.jsonl"
 FAILURES_NAME = "failures.jsonl"
 OWN_COLUMNS = (
     "row",
@@ -82,26 +81,32 @@ def check_keep(keep: Sequence[str]) -> None:
 class GenerationWriter:
     """generations.jsonl or generations.parquet of one run, in input order whatever order the rows finish in.
 
-    While the job runs, finished rows can be read in `generations.partial.jsonl`: valid JSONL in the order of
-    completion, each line as it will stand in generations.jsonl. `flush()` appends what was written since the last one
-    in one unbuffered write, so a row survives the death of the process (not of the machine) once flush has returned;
-    `num_flushed` counts those rows. `finish()` writes the final file from it and removes it.
+    While the job runs, acknowledged rows can be read in `generations.partial.jsonl`: JSONL in the order of completion,
+    each line as it will stand in generations.jsonl but for its checksum (see RowLog). `encode` makes a row's line, in
+    the step loop; `add` and `flush` are a Journal's stage. `finish`, when the journal is closed, writes the final file
+    from the partial one, which stays until `remove_log`.
 
     - Memory: 20 bytes for each row, and one group of rows.
-    - A disk error raises OSError out of write, flush or finish. The partial file then holds whole lines up to the last
-      flush that succeeded, the writer takes no more, and no final file is left behind.
-    - `close()` without `finish()` leaves the partial file, everything written so far in it. The writer is a context
-      manager that closes itself.
+    - A disk error raises OSError out of flush or finish. The partial file then holds whole lines up to the last flush
+      that succeeded, the writer takes no more, and no final file is left behind.
+    - The writer is a context manager that closes itself; without `finish` it leaves the partial file.
     - JSON has no NaN: one in a kept column becomes null.
 
     In Parquet, a kept column is a string, bool, int64 or float64 column when all of its values (nulls aside) are of
     that kind; integers among floats become floats if none of them changes. Any other column is a string column of JSON
     texts. `id` is int64, or a string column as soon as one id is a string: then integers are there as their digits.
-
-    Not for several threads at once.
     """
 
-    def __init__(self, run_dir: Path, format: str = "jsonl", keep: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        format: str = "jsonl",
+        keep: Sequence[str] = (),
+        *,
+        power: bool = True,
+        resumed: bool = False,
+    ) -> None:
+        """`power`: an acknowledged row survives a loss of power. `resumed`: go on with an earlier attempt's file."""
         if format not in FORMATS:
             raise ValueError(f"writer.format={format}: must be one of {', '.join(FORMATS)}")
         check_keep(keep)
@@ -109,10 +114,9 @@ class GenerationWriter:
         self._format = format
         self._keep = tuple(keep)
         self._encode = msgspec.json.Encoder().encode
-        self._samples = array("i")
         self._id_kind = Kind.NONE
         self._column_kinds = dict.fromkeys(self._keep, Kind.NONE)
-        self._log = AppendLog(run_dir / PARTIAL_NAME)
+        self.log = open_log(run_dir / PARTIAL_NAME, self._see, power=power, resumed=resumed)
 
     def __enter__(self) -> Self:
         return self
@@ -124,11 +128,15 @@ class GenerationWriter:
 
     @property
     def num_flushed(self) -> int:
-        """Rows that a reader of the partial file finds there."""
-        return self._log.num_flushed
+        """Rows that are acknowledged, those of earlier attempts included."""
+        return self.log.num_flushed
 
-    def write(self, generation: Generation) -> None:
-        """Takes one finished sample; flush() makes it readable. Each (row, sample) must come once."""
+    @property
+    def num_bytes(self) -> int:
+        return self.log.num_bytes
+
+    def encode(self, generation: Generation) -> RowLine:
+        """The line of one finished sample. Each (row, sample) must come once."""
         if generation.finish_reason not in FINISH_REASONS:
             raise ValueError(
                 f"row {generation.row}: finish_reason={generation.finish_reason!r}: must be one of "
@@ -136,47 +144,63 @@ class GenerationWriter:
             )
         columns = {name: generation.columns.get(name) for name in self._keep}
         line = self._encode(_record(generation, columns))
-        self._samples.append(generation.sample)
-        self._id_kind |= kind_of(generation.id)
-        for name, value in columns.items():
-            self._column_kinds[name] |= kind_of(value)
-        self._log.append(generation.row, line)
+        self._note_kinds(generation.id, columns)
+        return RowLine(generation.row, generation.sample, line)
+
+    def add(self, lines: Sequence[RowLine]) -> None:
+        self.log.add(lines)
 
     def flush(self) -> None:
-        """Appends all rows written so far to the partial file."""
-        self._log.flush()
+        """Acknowledges what was added: it is in the partial file, durably."""
+        self.log.flush()
 
     def finish(self) -> OutputFile:
-        """Writes the final file in input order and removes the partial one; nothing can be written afterwards.
+        """Writes the final file in input order, of what is acknowledged.
 
-        The final file appears whole, under its name, and is on the disk when this returns.
+        It appears whole, under its name, on the disk and with its count verified, when this returns.
         """
-        self.flush()
-        order = _input_order(self._log.rows, self._samples)
+        order = self.log.order()
+        lines = self.log.read(order)
         if self._format == "jsonl":
-            output = _replace(self._final, len(order), lambda path: _write_lines(path, self._log.read(order)))
-        else:
-            schema = parquet_schema(self._id_kind, self._column_kinds)
-            output = _replace(self._final, len(order), lambda path: write_parquet(path, self._log.read(order), schema))
-        self._log.close()
-        self._log.path.unlink()
-        return output
+            return _replace(self._final, len(order), lambda file: file.writelines(lines), _count_lines)
+        schema = parquet_schema(self._id_kind, self._column_kinds)
+        return _replace(self._final, len(order), lambda file: write_parquet(file, lines, schema), count_parquet_rows)
+
+    def remove_log(self) -> None:
+        """Once it is written down that the final file is there."""
+        self.log.close()
+        disk.remove(self.log.path)
 
     def close(self) -> None:
-        """Flushes, unless the disk has failed before, and gives the file back. A second call does nothing."""
-        self._log.close()
+        """Gives the file back. A second call does nothing."""
+        self.log.close()
+
+    def _see(self, line: bytes) -> tuple[int, int]:
+        """Takes over a line of an earlier attempt."""
+        record = msgspec.json.decode(line)
+        self._note_kinds(record["id"], {name: record[name] for name in self._keep})
+        return record["row"], record["sample"]
+
+    def _note_kinds(self, id: str | int, columns: Mapping[str, object]) -> None:
+        self._id_kind |= kind_of(id)
+        for name, value in columns.items():
+            self._column_kinds[name] |= kind_of(value)
 
 
 class FailureWriter:
-    """failures.jsonl of one run: there from the start, empty as long as every row is answered.
+    """failures.jsonl of one run, in row order.
 
-    Each failure is appended as it happens, in one unbuffered write; `finish()` puts them into row order. Memory: 16
-    bytes for each failure. A disk error raises OSError and leaves whole lines. Not for several threads at once.
+    While the job runs, acknowledged failures can be read in `failures.partial.jsonl`, in the order in which they
+    happened; everything else is as with GenerationWriter. Memory: 20 bytes for each failure.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, power: bool = True, resumed: bool = False) -> None:
+        self.codes: Counter[str] = Counter()
+        """Of the acknowledged failures."""
+        self._final = run_dir / FAILURES_NAME
         self._encode = msgspec.json.Encoder().encode
-        self._log = AppendLog(run_dir / FAILURES_NAME)
+        self._added: list[str] = []
+        self.log = open_log(run_dir / PARTIAL_FAILURES_NAME, self._see, power=power, resumed=resumed)
 
     def __enter__(self) -> Self:
         return self
@@ -187,11 +211,16 @@ class FailureWriter:
         self.close()
 
     @property
-    def num_failures(self) -> int:
-        return self._log.num_flushed
+    def num_flushed(self) -> int:
+        """Failures that are acknowledged, those of earlier attempts included."""
+        return self.log.num_flushed
 
-    def write(self, failure: BadRow) -> None:
-        """Appends one failure; it is in the file when this returns."""
+    @property
+    def num_bytes(self) -> int:
+        return self.log.num_bytes
+
+    def encode(self, failure: BadRow) -> tuple[str, RowLine]:
+        """The code and the line of one failure."""
         record = {
             "file": failure.file,
             "line": failure.line,
@@ -200,66 +229,59 @@ class FailureWriter:
             "code": failure.code,
             "reason": failure.reason.encode("utf-8", "backslashreplace").decode("utf-8"),
         }
-        self._log.append(failure.row, self._encode(record))
-        self._log.flush()
+        return str(failure.code), RowLine(failure.row, 0, self._encode(record))
+
+    def add(self, failures: Sequence[tuple[str, RowLine]]) -> None:
+        self._added += [code for code, _ in failures]
+        self.log.add([line for _, line in failures])
+
+    def flush(self) -> None:
+        self.log.flush()
+        self.codes.update(self._added)
+        self._added = []
 
     def finish(self) -> OutputFile:
-        """Puts the file into row order, on the disk, and closes it."""
-        order = np.argsort(np.asarray(self._log.rows), kind="stable")
-        output = _replace(self._log.path, len(order), lambda path: _write_lines(path, self._log.read(order)))
-        self._log.close()
-        return output
+        """Writes failures.jsonl as GenerationWriter.finish does its file."""
+        order = self.log.order()
+        return _replace(self._final, len(order), lambda file: file.writelines(self.log.read(order)), _count_lines)
+
+    def remove_log(self) -> None:
+        """Once it is written down that the final file is there."""
+        self.log.close()
+        disk.remove(self.log.path)
 
     def close(self) -> None:
-        """Gives the file back, failures in the order in which they happened. A second call does nothing."""
-        self._log.close()
+        """Gives the file back. A second call does nothing."""
+        self.log.close()
+
+    def _see(self, line: bytes) -> tuple[int, int]:
+        record = msgspec.json.decode(line)
+        self.codes[record["code"]] += 1
+        return record["row"], 0
 
 
-# Order and files
+# Files
 
 
-def _input_order(rows: array, samples: array) -> np.ndarray:
-    """The lines' indices, sorted by (row, sample)."""
-    row, sample = np.asarray(rows), np.asarray(samples)
-    order = np.lexsort((sample, row))
-    for first in range(0, len(order), ORDER_CHUNK):
-        chunk = order[first : first + ORDER_CHUNK + 1]
-        again = (np.diff(row[chunk]) == 0) & (np.diff(sample[chunk]) == 0)
-        if again.any():
-            twice = chunk[int(again.argmax())]
-            raise ValueError(f"row {row[twice]}, sample {sample[twice]} was written twice")
-    return order
+def open_log(path: Path, see: Callable[[bytes], tuple[int, int]], *, power: bool, resumed: bool) -> RowLog:
+    return RowLog.recover(path, see, power=power) if resumed else RowLog(path, power=power)
 
 
-def _replace(final: Path, num_rows: int, write: Callable[[Path], None]) -> OutputFile:
-    """Lets `write` make the file under another name; it gets its own name once it is complete and on the disk."""
-    beside = final.with_name(f".{final.name}.tmp")
-    try:
-        write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            num_bytes = file.tell()
-        beside.replace(final)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()  # what fills a disk must not stay on it
-        raise
-    _sync_directory(final.parent)
-    return OutputFile(path=final, num_rows=num_rows, num_bytes=num_bytes, sha256=sha256)
+def _replace(
+    final: Path, num_rows: int, write: Callable[[BufferedWriter], object], count: Callable[[Path], int]
+) -> OutputFile:
+    def check(path: Path) -> OutputFile:
+        if (found := count(path)) != num_rows:
+            raise OSError(f"{final}: {num_rows} rows were written, but {found} are in the file")
+        num_bytes, sha256 = disk.sha256_of(path)
+        return OutputFile(path=final, num_rows=num_rows, num_bytes=num_bytes, sha256=sha256)
+
+    return disk.replace(final, write, check)
 
 
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _write_lines(path: Path, lines: Iterator[bytes]) -> None:
-    with path.open("wb", buffering=GROUP_BYTES) as file:
-        file.writelines(lines)
+def _count_lines(path: Path) -> int:
+    with open(path, "rb", buffering=0) as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(disk.BUFFER_BYTES), b""))
 
 
 # Records

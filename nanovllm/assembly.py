@@ -59,8 +59,12 @@ def assemble(
     clock: Callable[[], int] = time.monotonic_ns,
     source: ModelSource | None = None,
     phase: Phase = lambda name: nullcontext(),
+    first_step: int = 0,
+    first_seq_id: int = 0,
 ) -> Assembly:
     """Load the model and build the engine around it; `source` saves a second look-up of model.path.
+
+    `first_step` and `first_seq_id` are where the engine's numbers begin.
 
     Raises ModelError for a model that cannot be used, SettingError for settings that do not fit model or machine.
     """
@@ -124,6 +128,8 @@ def assemble(
         runner,
         recorders=[TextRecorder(facts, memory), *recorders],
         clock=clock,
+        first_step=first_step,
+        first_seq_id=first_seq_id,
     )
     intake = Intake(
         engine,

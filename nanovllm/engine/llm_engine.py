@@ -57,18 +57,23 @@ class LLMEngine:
         *,
         recorders: Iterable[Recorder] = (),
         clock: Callable[[], int] = time.monotonic_ns,
+        first_step: int = 0,
+        first_seq_id: int = 0,
     ) -> None:
+        """`first_step` and `first_seq_id`: where the numbers begin, for a job that goes on counting."""
         self.scheduler = scheduler
         self.runner = runner
         self.recorders = list(recorders)
         """Told of everything, in this order; more may join between two steps."""
         self.clock = clock
-        self.num_steps = 0
-        """Steps scheduled so far; the next one's number."""
+        self.next_step = first_step
+        """The number that the next step to be scheduled gets."""
         self._blocks: BlockManager = scheduler.blocks
         self._in_flight: deque[_Submitted] = deque()
-        self._next_seq_id = 0
-        self._last_committed = -1
+        self.next_seq_id = first_seq_id
+        """The number that the next sequence gets."""
+        self.last_committed = first_step - 1
+        """The latest step whose tokens are known."""
         self._failure: BaseException | None = None
 
     @property
@@ -113,7 +118,7 @@ class LLMEngine:
         """Queue a prompt (int32 token ids) and return its seq_id; raises PromptError as `check` does."""
         self.check(len(token_ids), sampling.max_tokens)
         seq = Sequence(
-            self._next_seq_id,
+            self.next_seq_id,
             token_ids,
             sampling,
             row=row,
@@ -122,7 +127,7 @@ class LLMEngine:
             stop_check=stop_check,
             arrived_ns=self.clock(),
         )
-        self._next_seq_id += 1
+        self.next_seq_id += 1
         self.scheduler.add(seq)
         if self.recorders:
             event = ArrivalEvent(
@@ -164,12 +169,12 @@ class LLMEngine:
         ended = [self.scheduler.abort(seq_id) for seq_id in self.scheduler.live_seq_ids()]
         events = self._blocks.drain_events()
         for recorder in self.recorders:
-            recorder.on_abort(self._last_committed, events)
+            recorder.on_abort(self.last_committed, events)
         return outputs + [self._finish(e) for e in ended if e is not None]
 
     def _submit(self) -> bool:
         start_ns = self.clock()
-        scheduled = self.scheduler.schedule(self.num_steps, start_ns)
+        scheduled = self.scheduler.schedule(self.next_step, start_ns)
         if scheduled is None:
             return False
         event = ScheduleEvent(
@@ -186,7 +191,7 @@ class LLMEngine:
         schedule_ms = (self.clock() - start_ns) / 1e6
         for recorder in self.recorders:
             recorder.on_schedule(event)
-        self.num_steps += 1
+        self.next_step += 1
         try:
             self.runner.submit(scheduled.plan)
         except BaseException as error:
@@ -204,7 +209,7 @@ class LLMEngine:
         end_ns = self.clock()
         plan = submitted.event.plan
         commit: Commit = self.scheduler.commit(plan, result.token_ids, end_ns)
-        self._last_committed = plan.step
+        self.last_committed = plan.step
         event = StepEvent(
             schedule=submitted.event,
             result=result,

@@ -166,7 +166,7 @@ def test_plans_are_submitted_as_far_ahead_as_the_runner_allows(lookahead: int) -
     engine.step()
 
     assert log.calls == ["arrival 0", *[f"schedule {n}" for n in range(lookahead + 1)], "step 0"]
-    assert engine.num_steps == lookahead + 1
+    assert engine.next_step == lookahead + 1
 
 
 def test_a_token_behind_the_end_is_dropped_with_lookahead() -> None:

@@ -29,7 +29,7 @@ class AbortingEngine(LLMEngine):
         ended = self.scheduler.abort(seq_id)
         events = self._blocks.drain_events()
         for recorder in self.recorders:
-            recorder.on_abort(self._last_committed, events)
+            recorder.on_abort(self.last_committed, events)
         return None if ended is None else self._finish(ended)
 
 

@@ -77,6 +77,7 @@ def test_a_first_run_leaves_exactly_the_files_of_the_contract(first_run: tuple[F
     assert directory_files(run.directory) == {
         "manifest.json",
         "run.log",
+        "lock",
         "generations.jsonl",
         "failures.jsonl",
         ".hydra/config.yaml",

@@ -36,7 +36,7 @@ def only_run() -> Path:
         (["kv.a.b=1"], ["kv.a.b=1: no such key", "Keys of kv: block_size"]),
         (["+kv.foo=1"], ["+kv.foo=1: no such key"]),
         (["++foo=1"], ["++foo=1: no such key"]),
-        (["resume=somewhere"], ["resume=somewhere: no such key"]),
+        (["resume=somewhere"], ["resume=somewhere: tests.jobs.standin cannot go on with a run"]),
         (["sampling.n=2"], ["sampling.n=2: no such key"]),
         (["expriment=x"], ["expriment=x: no such key", "did you mean experiment?"]),
         (["model=qwen33"], ["model=qwen33", "did you mean qwen3?", "qwen3_8b, tiny"]),
@@ -156,7 +156,7 @@ def test_a_run_leaves_its_directory_private_and_complete():
         os.umask(umask)
     path = only_run()
     assert path.name.endswith("_qwen3")
-    assert {entry.name for entry in path.iterdir()} == {"manifest.json", ".hydra", "run.log"}
+    assert {entry.name for entry in path.iterdir()} == {"manifest.json", ".hydra", "run.log", "lock"}
     for entry in (Path("outputs"), path, *path.rglob("*")):
         assert entry.stat().st_mode & 0o077 == 0, f"{entry} is private"
     content = json.loads((path / "manifest.json").read_text())

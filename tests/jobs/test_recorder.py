@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import jobs.recorder
-from jobs import record_parts
+import jobs.journal
+from jobs import disk
 from jobs.record_parts import PartWriter
 from jobs.record_schemas import SCHEMAS
-from jobs.recorder import ParquetRecorder, RecorderError, read_records
+from jobs.recorder import JournalError, ParquetRecorder, read_records
 from nanovllm.engine.plan import StepResult
 from nanovllm.events import (
     ABORTED,
@@ -129,7 +129,7 @@ def arrival(seq_id: int, row: int, *token_ids: int, sample: int = 0) -> ArrivalE
 
 @pytest.mark.parametrize("table", CONTRACT)
 def test_each_table_has_exactly_the_columns_of_the_contract(table: str, tmp_path: Path):
-    ParquetRecorder(tmp_path).close()
+    ParquetRecorder.alone(tmp_path).close()
     (part,) = parts(tmp_path, table)
     schema = pq.read_schema(part)
     assert columns_of(schema) == contract_columns(table)
@@ -138,7 +138,7 @@ def test_each_table_has_exactly_the_columns_of_the_contract(table: str, tmp_path
 
 
 def test_the_tables_open_from_the_first_instant_on(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path, flush_s=1000.0)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=1000.0)
     for table in CONTRACT:
         assert read_records(tmp_path, table).num_rows == 0
     recorder.close()
@@ -170,7 +170,7 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
         finished=(FinishedSequence(7, 4, "eos"),),
         dropped=(9,),
     )
-    recorder = ParquetRecorder(tmp_path, replica=2, attempt=1)
+    recorder = ParquetRecorder.alone(tmp_path, replica=2, attempt=1)
     recorder.on_schedule(schedule)
     recorder.on_step(step)
     recorder.close()
@@ -217,7 +217,7 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
 
 
 def test_without_a_cuda_graph_the_padded_sizes_are_the_batchs(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     schedule, step = decode_step(0, num_rows=3)
     recorder.on_schedule(schedule)
     recorder.on_step(step)
@@ -236,7 +236,7 @@ def test_block_events_come_back_with_their_nulls_and_the_step_they_belong_to(tmp
         BlockEvent(FREE, 3, 8, FINISHED, 0, None, 10),
     )
     schedule = make_schedule(make_plan(6, decodes=[(8, 5)]), block_events=events)
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     recorder.on_schedule(schedule)
     recorder.on_step(make_step(schedule))
     recorder.on_abort(6, BlockEvents.of([BlockEvent(FREE, 4, 2, ABORTED, 0, 77, 11)]))
@@ -247,7 +247,7 @@ def test_block_events_come_back_with_their_nulls_and_the_step_they_belong_to(tmp
 
 
 def test_requests_come_back_with_the_row_that_shares_their_longest_prefix(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     recorder.on_arrival(arrival(0, 10, 1, 2, 3, 4))
     recorder.on_arrival(arrival(1, 11, 1, 2, 9))
     recorder.on_arrival(arrival(2, 12, 1, 2, 3, 7))
@@ -269,7 +269,7 @@ def test_requests_come_back_with_the_row_that_shares_their_longest_prefix(tmp_pa
 
 def test_rows_stand_in_the_order_in_which_things_happened_also_with_look_ahead(tmp_path: Path):
     """Step n+1 is scheduled before step n is committed, and its block events come first."""
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     steps = [decode_step(step) for step in range(300)]
     recorder.on_schedule(steps[0][0])
     for (_, done), (ahead, _) in itertools.pairwise(steps):
@@ -287,7 +287,7 @@ def test_rows_stand_in_the_order_in_which_things_happened_also_with_look_ahead(t
 
 
 def test_steps_of_any_size_keep_their_own_sequences(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     sizes = [3, 1, 0, 256, 0, 2]
     for step, size in enumerate(sizes):
         schedule, done = decode_step(step, num_rows=size)
@@ -304,7 +304,7 @@ def test_steps_of_any_size_keep_their_own_sequences(tmp_path: Path):
 
 
 def test_parts_are_written_every_flush_interval_and_sort_in_the_order_of_writing(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path, flush_s=0.02)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=0.02)
     for step in range(60):
         schedule, done = decode_step(step)
         recorder.on_schedule(schedule)
@@ -320,7 +320,7 @@ def test_parts_are_written_every_flush_interval_and_sort_in_the_order_of_writing
 def test_parts_of_a_later_attempt_sort_behind_and_replicas_stand_side_by_side(tmp_path: Path):
     for attempt in range(2):
         for replica in range(2):
-            recorder = ParquetRecorder(tmp_path, replica=replica, attempt=attempt)
+            recorder = ParquetRecorder.alone(tmp_path, replica=replica, attempt=attempt)
             schedule, done = decode_step(attempt)
             recorder.on_schedule(schedule)
             recorder.on_step(done)
@@ -330,24 +330,24 @@ def test_parts_of_a_later_attempt_sort_behind_and_replicas_stand_side_by_side(tm
 
 
 def test_records_of_the_same_attempt_are_never_overwritten(tmp_path: Path):
-    ParquetRecorder(tmp_path).close()
+    ParquetRecorder.alone(tmp_path).close()
     with pytest.raises(FileExistsError, match="replica 0, attempt 0"):
-        ParquetRecorder(tmp_path)
+        ParquetRecorder.alone(tmp_path)
 
 
 def test_a_new_attempt_removes_what_a_killed_one_left_unfinished(tmp_path: Path):
-    ParquetRecorder(tmp_path).close()
+    ParquetRecorder.alone(tmp_path).close()
     unfinished = tmp_path / "records" / "steps" / "a0000-r0000-00000007.parquet.tmp"
     foreign = tmp_path / "records" / "steps" / "a0000-r0001-00000007.parquet.tmp"
     unfinished.write_bytes(b"PAR1")
     foreign.write_bytes(b"PAR1")
-    ParquetRecorder(tmp_path, attempt=1).close()
+    ParquetRecorder.alone(tmp_path, attempt=1).close()
     assert not unfinished.exists()
     assert foreign.exists()
 
 
 def test_duckdb_opens_a_table_by_its_glob(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     for step in range(5):
         schedule, done = decode_step(step)
         recorder.on_schedule(schedule)
@@ -371,7 +371,7 @@ def test_an_unknown_table_and_missing_records_are_named(tmp_path: Path):
 @pytest.mark.parametrize("flush_s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_flush_interval_that_is_no_positive_number_is_refused(flush_s: float, tmp_path: Path):
     with pytest.raises(ValueError, match=r"recorder\.flush_s"):
-        ParquetRecorder(tmp_path, flush_s=flush_s)
+        ParquetRecorder.alone(tmp_path, flush_s=flush_s)
 
 
 def feed_until_error(recorder: ParquetRecorder) -> None:
@@ -385,43 +385,43 @@ def feed_until_error(recorder: ParquetRecorder) -> None:
 def test_an_error_while_writing_stops_the_step_loop_and_is_raised_by_close_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    recorder = ParquetRecorder(tmp_path, flush_s=0.01)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=0.01)
 
-    def full(path: Path) -> None:
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(record_parts, "_sync", full)
-    with pytest.raises(RecorderError, match="No space left on device") as caught:
+    monkeypatch.setattr(disk, "sync", full)
+    with pytest.raises(JournalError, match="No space left on device") as caught:
         feed_until_error(recorder)
     assert isinstance(caught.value.__cause__, OSError)
     for _ in range(2):
-        with pytest.raises(RecorderError, match="No space left on device"):
+        with pytest.raises(JournalError, match="No space left on device"):
             recorder.close()
 
 
 def test_a_directory_that_disappears_is_an_error(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path, flush_s=0.01)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=0.01)
     for table in CONTRACT:
         for part in parts(tmp_path, table):
             part.unlink()
         (tmp_path / "records" / table).rmdir()
-    with pytest.raises(RecorderError):
+    with pytest.raises(JournalError):
         feed_until_error(recorder)
-    with pytest.raises(RecorderError):
+    with pytest.raises(JournalError):
         recorder.close()
 
 
 def test_events_that_do_not_fit_their_column_are_an_error(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path)
+    recorder = ParquetRecorder.alone(tmp_path)
     recorder.on_request(request(0, num_output_tokens=2**40))
-    with pytest.raises(RecorderError):
+    with pytest.raises(JournalError):
         recorder.close()
 
 
 def test_when_the_writer_falls_behind_the_step_loop_waits_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    recorder = ParquetRecorder(tmp_path, flush_s=0.01, max_pending=300)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=0.01, max_pending=300)
     go_on, write = threading.Event(), PartWriter.write
 
     def slow_write(self: PartWriter, batches: list[pa.RecordBatch]) -> None:
@@ -453,21 +453,21 @@ def test_when_the_writer_falls_behind_the_step_loop_waits_and_nothing_is_lost(
 
 
 def test_an_error_frees_a_step_loop_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    recorder = ParquetRecorder(tmp_path, flush_s=0.01, max_pending=100)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=0.01, max_pending=100)
 
     def fail(self: PartWriter, batches: list[pa.RecordBatch]) -> None:
         time.sleep(0.1)
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(PartWriter, "write", fail)
-    with pytest.raises(RecorderError, match="Input/output error"):
+    with pytest.raises(JournalError, match="Input/output error"):
         feed_until_error(recorder)
-    with pytest.raises(RecorderError):
+    with pytest.raises(JournalError):
         recorder.close()
 
 
 def test_close_writes_the_rest_at_once_and_a_second_close_does_nothing(tmp_path: Path):
-    recorder = ParquetRecorder(tmp_path, flush_s=1000.0)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=1000.0)
     schedule, done = decode_step(0)
     recorder.on_schedule(schedule)
     recorder.on_step(done)
@@ -483,8 +483,8 @@ def test_close_writes_the_rest_at_once_and_a_second_close_does_nothing(tmp_path:
 
 def test_memory_stays_flat_while_a_part_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What has come is written before the interval is over when there is much of it."""
-    monkeypatch.setattr(jobs.recorder, "MAX_UNWRITTEN_BYTES", 2**20)
-    recorder = ParquetRecorder(tmp_path, flush_s=1000.0)
+    monkeypatch.setattr(jobs.journal, "MAX_UNWRITTEN_BYTES", 2**20)
+    recorder = ParquetRecorder.alone(tmp_path, flush_s=1000.0)
     for step in range(2000):
         schedule, done = decode_step(step, num_rows=256, block_events=0)
         recorder.on_schedule(schedule)
@@ -506,7 +506,7 @@ import sys, time
 from pathlib import Path
 from jobs.recorder import ParquetRecorder
 from tests.jobs.test_recorder import decode_step, request
-recorder = ParquetRecorder(Path(sys.argv[1]), flush_s={FLUSH_S})
+recorder = ParquetRecorder.alone(Path(sys.argv[1]), flush_s={FLUSH_S})
 print("ready", flush=True)
 step = 0
 while True:
@@ -576,8 +576,8 @@ def _measure_round(steps: list[tuple[ScheduleEvent, StepEvent]]) -> tuple[float,
     """Microseconds a step of the calls, the encoding and the writing."""
     calls_ns = 0
     with tempfile.TemporaryDirectory() as run:
-        recorder = ParquetRecorder(Path(run))
-        tables = recorder._tables
+        recorder = ParquetRecorder.alone(Path(run))
+        tables = recorder.tables
         add, encode, write = Stopwatch(tables.add), Stopwatch(tables.encode), Stopwatch(tables.write)
         tables.add, tables.encode, tables.write = add, encode, write
         for schedule, done in steps:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import jobs.writer
+from jobs.row_log import RowLogError
 from jobs.rows import BadRow
 from jobs.writer import FailureWriter, Generation, GenerationWriter, OutputFile, check_keep
 
@@ -41,6 +43,14 @@ def failure(row: int, **values) -> BadRow:
     return BadRow(row=row, **(standard | values))
 
 
+def write(writer: GenerationWriter | FailureWriter, *rows: Generation | BadRow) -> None:
+    writer.add([writer.encode(row) for row in rows])  # type: ignore[arg-type]
+
+
+def partial_rows(path: Path) -> list[int]:
+    return [record["row"] for record in records(path)]
+
+
 def records(path: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -56,7 +66,8 @@ def parquet_records(path: Path) -> list[dict]:
 
 def test_a_generation_is_one_line_with_the_columns_of_the_contract(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, keep=["answer", "missing"]) as writer:
-        writer.write(generation(4, 1, id="ä", text="Grüße \u2028 😀\n\x00", columns={"answer": [1, None], "other": 1}))
+        write(writer, generation(4, 1, id="ä", text="Grüße \u2028 😀\n\x00", columns={"answer": [1, None], "other": 1}))
+        writer.flush()
         output = writer.finish()
     line = output.path.read_bytes()
     (record,) = records(output.path)
@@ -85,7 +96,8 @@ def test_a_generation_is_one_line_with_the_columns_of_the_contract(tmp_path: Pat
 
 def test_text_may_be_null_and_nan_becomes_null(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, keep=["x"]) as writer:
-        writer.write(generation(0, text=None, columns={"x": float("nan")}))
+        write(writer, generation(0, text=None, columns={"x": float("nan")}))
+        writer.flush()
         (record,) = records(writer.finish().path)
     assert (record["text"], record["x"]) == (None, None)
 
@@ -96,10 +108,12 @@ def test_rows_stand_in_input_order_however_they_finished(tmp_path: Path, format:
     finished = random.Random(0).sample(keys, len(keys))
     with GenerationWriter(tmp_path, format) as writer:
         for position, (row, sample) in enumerate(finished):
-            writer.write(generation(row, sample, text="x" * (position % 50)))
+            write(writer, generation(row, sample, text="x" * (position % 50)))
             if position % 7 == 0:
                 writer.flush()
+        writer.flush()
         output = writer.finish()
+        writer.remove_log()
     rows = records(output.path) if format == "jsonl" else parquet_records(output.path)
     assert [(row["row"], row["sample"]) for row in rows] == keys
     assert all(row["token_ids"] == [row["row"], 2] for row in rows)
@@ -111,7 +125,7 @@ def test_finished_rows_can_be_read_while_the_job_runs(tmp_path: Path) -> None:
     partial = tmp_path / "generations.partial.jsonl"
     with GenerationWriter(tmp_path, "parquet") as writer:
         for number, row in enumerate([5, 3, 4]):
-            writer.write(generation(row))
+            write(writer, generation(row))
             assert writer.num_flushed == number
             writer.flush()
             assert [record["row"] for record in records(partial)] == [5, 3, 4][: number + 1]
@@ -119,17 +133,17 @@ def test_finished_rows_can_be_read_while_the_job_runs(tmp_path: Path) -> None:
         assert not (tmp_path / "generations.parquet").exists()
 
 
-def test_close_without_finish_leaves_everything_in_the_partial_file(tmp_path: Path) -> None:
+def test_close_without_finish_leaves_what_was_flushed_in_the_partial_file(tmp_path: Path) -> None:
     writer = GenerationWriter(tmp_path)
-    writer.write(generation(1))
+    write(writer, generation(1))
     writer.flush()
-    writer.write(generation(0))
+    write(writer, generation(0))
     writer.close()
     writer.close()
-    assert [record["row"] for record in records(tmp_path / "generations.partial.jsonl")] == [1, 0]
+    assert partial_rows(tmp_path / "generations.partial.jsonl") == [1]
     assert not (tmp_path / "generations.jsonl").exists()
     with pytest.raises(ValueError, match="is closed"):
-        writer.write(generation(2))
+        write(writer, generation(2))
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
@@ -151,14 +165,16 @@ def test_parquet_and_jsonl_have_the_same_content(tmp_path: Path) -> None:
         with GenerationWriter(tmp_path / format, format, keep) as writer:
             for row in range(1000):
                 kept = {"text_column": f"ü{row}", "number": row / 2, "flag": row % 2 == 0, "nothing": None}
-                writer.write(generation(999 - row, id=-row, text=None if row % 3 else "Ü", columns=kept))
+                write(writer, generation(999 - row, id=-row, text=None if row % 3 else "Ü", columns=kept))
+            writer.flush()
             outputs.append(writer.finish().path)
     assert records(outputs[0]) == parquet_records(outputs[1])
 
 
 def test_parquet_columns_have_stable_types(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, "parquet") as writer:
-        writer.write(generation(0, id=1))
+        write(writer, generation(0, id=1))
+        writer.flush()
         schema = pq.read_schema(writer.finish().path)
     types = [str(schema.field(name).type) for name in OWN]
     assert types == [
@@ -178,7 +194,8 @@ def test_parquet_columns_have_stable_types(tmp_path: Path) -> None:
 def test_parquet_ids_are_strings_as_soon_as_one_is(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path, "parquet") as writer:
         for row, given in enumerate([12, "a", -3]):
-            writer.write(generation(row, id=given))
+            write(writer, generation(row, id=given))
+        writer.flush()
         assert [record["id"] for record in parquet_records(writer.finish().path)] == ["12", "a", "-3"]
 
 
@@ -202,7 +219,8 @@ def test_a_kept_column_has_the_type_of_its_values_or_is_json(
 ) -> None:
     with GenerationWriter(tmp_path, "parquet", ["x"]) as writer:
         for row, value in enumerate(values):
-            writer.write(generation(row, columns={"x": value}))
+            write(writer, generation(row, columns={"x": value}))
+        writer.flush()
         path = writer.finish().path
     assert str(pq.read_schema(path).field("x").type) == kind
     assert [record["x"] for record in parquet_records(path)] == expected
@@ -222,10 +240,11 @@ def test_a_kept_column_must_not_have_an_own_name(tmp_path: Path) -> None:
 def test_our_own_mistakes_are_found(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match="finish_reason='error'"):
-            writer.write(generation(0, finish_reason="error"))
+            write(writer, generation(0, finish_reason="error"))
         for sample in (0, 1, 0):
-            writer.write(generation(3, sample))
-        with pytest.raises(ValueError, match="row 3, sample 0 was written twice"):
+            write(writer, generation(3, sample))
+        writer.flush()
+        with pytest.raises(RowLogError, match="row 3, sample 0 was written twice"):
             writer.finish()
     assert len(records(tmp_path / "generations.partial.jsonl")) == 3
     assert not (tmp_path / "generations.jsonl").exists()
@@ -248,23 +267,39 @@ def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with GenerationWriter(tmp_path) as writer:
-        writer.write(generation(0))
+        write(writer, generation(0))
         writer.flush()
-        writer.write(generation(1))
-        writer.write(generation(2))
+        write(writer, generation(1), generation(2))
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space left"):
             writer.flush()
         monkeypatch.undo()
         assert writer.num_flushed == 1
-        for attempt in (writer.flush, writer.finish, lambda: writer.write(generation(3))):
+        for attempt in (writer.flush, writer.finish, lambda: write(writer, generation(3))):
             with pytest.raises(OSError, match="an earlier write failed"):
                 attempt()
-    assert [record["row"] for record in records(tmp_path / "generations.partial.jsonl")] == [0]
+    assert partial_rows(tmp_path / "generations.partial.jsonl") == [0]
+
+
+def test_after_a_sync_that_failed_nothing_is_acknowledged_or_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with GenerationWriter(tmp_path) as writer:
+        write(writer, generation(0))
+        monkeypatch.setattr(os, "fdatasync", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            writer.flush()
+        monkeypatch.undo()
+        assert writer.num_flushed == 0
+        with pytest.raises(OSError, match="an earlier write failed"):
+            writer.flush()
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize("name", ["fsync", "rename"])
 def test_a_disk_that_fails_at_the_end_leaves_the_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, name: str
 ) -> None:
@@ -272,55 +307,33 @@ def test_a_disk_that_fails_at_the_end_leaves_the_partial_file(
         raise OSError(errno.EIO, "Input/output error")
 
     with GenerationWriter(tmp_path, format) as writer:
-        writer.write(generation(0))
-        if name == "fsync":
-            monkeypatch.setattr(os, "fsync", broken)
-        else:
-            monkeypatch.setattr(Path, "replace", broken)
+        write(writer, generation(0))
+        writer.flush()
+        monkeypatch.setattr(os, name, broken)
         with pytest.raises(OSError, match="Input/output error"):
             writer.finish()
         monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["generations.partial.jsonl"]
-    assert len(records(tmp_path / "generations.partial.jsonl")) == 1
+    assert partial_rows(tmp_path / "generations.partial.jsonl") == [0]
 
 
-def test_the_final_file_is_on_the_disk_before_the_partial_one_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_the_final_file_is_verified_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    steps: list[str] = []
-    real_fsync, real_replace, real_unlink = os.fsync, Path.replace, Path.unlink
-
-    def fsync(file: int) -> None:
-        steps.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
-        real_fsync(file)
-
-    def replace(self: Path, target: Path) -> Path:
-        steps.append(f"rename to {target.name}")
-        return real_replace(self, target)
-
-    def unlink(self: Path) -> None:
-        steps.append(f"unlink {self.name}")
-        real_unlink(self)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
-    monkeypatch.setattr(Path, "unlink", unlink)
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    with GenerationWriter(run_dir) as writer:
-        writer.write(generation(0))
-        writer.finish()
-    assert steps == [
-        "fsync .generations.jsonl.tmp",
-        "rename to generations.jsonl",
-        "fsync run",
-        "unlink generations.partial.jsonl",
-    ]
+    counter = "_count_lines" if format == "jsonl" else "count_parquet_rows"
+    monkeypatch.setattr(jobs.writer, counter, lambda path: 0)
+    with GenerationWriter(tmp_path, format) as writer:
+        write(writer, generation(0))
+        writer.flush()
+        with pytest.raises(OSError, match="1 rows were written, but 0 are in the file"):
+            writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["generations.partial.jsonl"]
 
 
 def test_a_partial_file_that_somebody_shortened_is_noticed(tmp_path: Path) -> None:
     with GenerationWriter(tmp_path) as writer:
-        writer.write(generation(0))
+        write(writer, generation(0))
         writer.flush()
         os.truncate(tmp_path / "generations.partial.jsonl", 10)
         with pytest.raises(OSError, match="somebody has shortened it"):
@@ -334,9 +347,10 @@ def test_memory_stays_flat_over_100_000_rows(tmp_path: Path, format: str) -> Non
     order = [block * 100 + row for block in range(num_rows // 100) for row in reversed(range(100))]
     tracemalloc.start()
     for number, row in enumerate(order):
-        writer.write(generation(row, columns={"answer": "x"}))
+        write(writer, generation(row, columns={"answer": "x"}))
         if number % 8 == 7:
             writer.flush()
+    writer.flush()
     written = tracemalloc.get_traced_memory()[0]
     output = writer.finish()
     peak = tracemalloc.get_traced_memory()[1]
@@ -349,12 +363,11 @@ def test_memory_stays_flat_over_100_000_rows(tmp_path: Path, format: str) -> Non
 # Failures
 
 
-def test_failures_are_there_from_the_start_and_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "failures.jsonl"
+def test_a_failure_has_the_fields_of_the_contract(tmp_path: Path) -> None:
     with FailureWriter(tmp_path) as failures:
-        assert path.read_bytes() == b""
-        failures.write(failure(3, id="ä", reason="lone \ud800 in ü"))
-        assert records(path) == [
+        write(failures, failure(3, id="ä", reason="lone \ud800 in ü"))
+        failures.flush()
+        assert records(failures.finish().path) == [
             {
                 "file": "in.jsonl",
                 "line": 4,
@@ -364,17 +377,19 @@ def test_failures_are_there_from_the_start_and_at_once(tmp_path: Path) -> None:
                 "reason": "lone \\ud800 in ü",
             }
         ]
-        assert failures.num_failures == 1
+        assert (failures.num_flushed, dict(failures.codes)) == (1, {"not_json": 1})
 
 
 def test_failures_stand_in_row_order_at_the_end(tmp_path: Path) -> None:
     rows = random.Random(0).sample(range(500), 300)
     with FailureWriter(tmp_path) as failures:
         for row in rows:
-            failures.write(failure(row, id=row))
-        assert [record["row"] for record in records(tmp_path / "failures.jsonl")] == rows
+            write(failures, failure(row, id=row))
+        failures.flush()
+        assert partial_rows(tmp_path / "failures.partial.jsonl") == rows
         output = failures.finish()
-    assert [record["row"] for record in records(output.path)] == sorted(rows)
+        failures.remove_log()
+    assert partial_rows(output.path) == sorted(rows)
     assert output.num_rows == 300
     assert output.sha256 == hashlib.sha256(output.path.read_bytes()).hexdigest()
     assert [path.name for path in tmp_path.iterdir()] == ["failures.jsonl"]
