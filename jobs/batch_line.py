@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import cast
 
+from jobs.batch_output import CHAT_URL, COMPLETION_URL
 from jobs.chat_forms import CHAT_OPTIONS
 from jobs.field_limits import MAX_ID_CHARS, check_length
 from jobs.json_words import kind, shown
@@ -11,7 +12,7 @@ from jobs.row_sampling import SAMPLING_KEYS
 
 BATCH_KEYS = ("custom_id", "method", "url", "body")
 """What makes an OpenAI Batch line: `custom_id` and `body`; `method` and `url` are checked where they are given."""
-BATCH_FORMS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+BATCH_FORMS = {CHAT_URL: "messages", COMPLETION_URL: "prompt"}
 """The `url` of a Batch line, and the key that its body then has."""
 
 NEUTRAL = {
@@ -68,7 +69,7 @@ def batch_request(record: Mapping[str, object]) -> tuple[str, dict[str, object]]
 
 def batch_url(form: str) -> str:
     """The `url` whose answers a prompt form gets."""
-    return "/v1/chat/completions" if form == "messages" else "/v1/completions"
+    return CHAT_URL if form == "messages" else COMPLETION_URL
 
 
 def _batch_sampling(given: dict[str, object]) -> dict[str, object]:

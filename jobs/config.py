@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.batch_output import FORMAT as OPENAI_BATCH
 from jobs.chat_forms import check_template_kwargs
 from jobs.disk import DURABILITIES
 from nanovllm.config import (
@@ -19,7 +20,6 @@ from nanovllm.config import (
 from nanovllm.sampling_params import SamplingParams
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-OPENAI_BATCH = "openai_batch"
 OUTPUT_FORMATS = ("jsonl", "parquet", OPENAI_BATCH)
 PROGRESS = ("auto", "on", "off")
 STANDARD_INPUT = "-"

@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.batch_output import BatchForm
 from jobs.command import EXIT_COMPLETE, EXIT_ROWS_FAILED, Command, Run
 from jobs.config import FREE_KEYS, OPENAI_BATCH, GenerateConfig, to_llm_config
 from jobs.figures import Figures
@@ -54,7 +56,13 @@ def input_of(config: GenerateConfig) -> str:
 def check(config: GenerateConfig) -> None:
     """Looks at input and model as far as that goes in milliseconds and without torch."""
     check_keep(config.writer.keep)
-    check_input(input_of(config), prompt=config.reader.prompt, system=config.reader.system, keep=config.writer.keep)
+    check_input(
+        input_of(config),
+        prompt=config.reader.prompt,
+        system=config.reader.system,
+        keep=config.writer.keep,
+        batch_only=config.writer.format == OPENAI_BATCH,
+    )
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
     check_checkpoint(source)
     model = parse_config(source.config)
@@ -80,7 +88,14 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
     figures = Figures()
     with ExitStack() as stack:
         results = stack.enter_context(
-            Results(run.directory, config.writer.format, config.writer.keep, power=power, resumed=resumed)
+            Results(
+                run.directory,
+                config.writer.format,
+                config.writer.keep,
+                batch=_batch_form(config, run),
+                power=power,
+                resumed=resumed,
+            )
         )
         results.check_against(run.manifest.get("counts"))
         rows = RowFeed(results.missing(reader), config.engine.max_num_seqs, weight=lambda row: row.weight)
@@ -161,6 +176,13 @@ def _reader(config: GenerateConfig) -> RowReader:
         chat_template_kwargs=config.reader.chat_template_kwargs,
         batch_only=config.writer.format == OPENAI_BATCH,
     )
+
+
+def _batch_form(config: GenerateConfig, run: Run) -> BatchForm | None:
+    if config.writer.format != OPENAI_BATCH:
+        return None
+    began = datetime.fromisoformat(run.manifest["attempts"][0]["started"])
+    return BatchForm(config.model.path, int(began.timestamp()))
 
 
 def _end_feeds(rows: RowFeed, ready: RowFeed) -> None:

@@ -150,6 +150,7 @@ class GenerateLoop:
                 finish_reason=output.finish_reason,
                 num_prompt_tokens=output.num_prompt_tokens,
                 columns=row.columns,
+                url=row.url,
             )
         )
         self._journal.append(self._generations, line, 1 + len(line.line) // VALUE_BYTES)

@@ -165,6 +165,11 @@ class RowReader:
                 f"reader.system: {printable(path)} has rows without messages, which take no system message; "
                 "leave reader.system out or write the rows as messages"
             )
+        if first and all(isinstance(r, BadRow) and r.code == BadRowCode.NOT_BATCH_LINE for r in first):
+            raise InputError(
+                f"writer.format=openai_batch: {printable(path)} has rows that are no OpenAI Batch lines (custom_id and "
+                "body), whose answers have no such form; use writer.format=jsonl"
+            )
 
     # Parquet
 
@@ -211,6 +216,7 @@ def check_input(
     prompt: str | None = None,
     system: str | None = None,
     keep: Sequence[str] = (),
+    batch_only: bool = False,
     stdin: ByteStream | None = None,
 ) -> None:
     """Raises InputError for an input that cannot be read, before anything else has been made for the run.
@@ -221,7 +227,7 @@ def check_input(
     writer.keep need. Standard input and other pipes are not read: RowReader raises the same errors when it reads them.
     Settings that contradict each other raise ValueError.
     """
-    RowReader(source, prompt=prompt, system=system, keep=keep, stdin=stdin).check()
+    RowReader(source, prompt=prompt, system=system, keep=keep, batch_only=batch_only, stdin=stdin).check()
 
 
 def _standard_input(stdin: ByteStream | None) -> ByteStream:

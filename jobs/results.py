@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from jobs import disk
+from jobs.batch_output import ERRORS_NAME, BatchForm
 from jobs.manifest import Manifest
 from jobs.row_log import RowLogError
 from jobs.rows import BadRow, InputRow
@@ -38,11 +39,13 @@ class Results:
         format: str = "jsonl",
         keep: Sequence[str] = (),
         *,
+        batch: BatchForm | None = None,
         power: bool = True,
         resumed: bool = False,
     ) -> None:
         """RowLogError where an earlier attempt's logs contradict themselves or each other."""
-        self.generations = GenerationWriter(directory, format, keep, power=power, resumed=resumed)
+        self.generations = GenerationWriter(directory, format, keep, batch=batch, power=power, resumed=resumed)
+        self._batch = batch
         self.failures = FailureWriter(directory, power=power, resumed=resumed)
         answered, failed = np.unique(self.generations.log.rows), np.unique(self.failures.log.rows)
         both = np.intersect1d(answered, failed, assume_unique=True)
@@ -94,8 +97,9 @@ class Results:
         answered, failed = len(np.unique(self.generations.log.rows)), self.failures.num_flushed
         if answered + failed != num_rows:
             raise ResultsError(f"{answered} rows were answered and {failed} failed, but {num_rows} were read")
+        errors = [] if self._batch is None else [self.failures.finish_batch(self._batch)]
         failures = self.failures.finish()
-        return [self.generations.finish(), failures]
+        return [self.generations.finish(), failures, *errors]
 
     def remove_logs(self) -> None:
         """Once it is written down that the final files are there."""
@@ -123,7 +127,7 @@ def verified_counts(directory: Path, manifest: Manifest) -> dict[str, Any] | Non
                 f"with {output['sha256']}"
             )
     counts = manifest["counts"]
-    if counts["rows"] != sum(output["num_rows"] for output in outputs):
+    if counts["rows"] != sum(output["num_rows"] for output in outputs if output["path"] != ERRORS_NAME):
         raise ResultsError(f"{directory}: the manifest counts {counts['rows']} rows, its files have another number")
     for name in (PARTIAL_NAME, PARTIAL_FAILURES_NAME):
         disk.remove(directory / name)

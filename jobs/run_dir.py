@@ -28,6 +28,7 @@ RESULTS = (
     "generations.parquet",
     "failures.jsonl",
     "failures.partial.jsonl",
+    "batch_errors.jsonl",
     "records",
 )
 """A directory that holds one of these, without a manifest, is the rest of a run: new parts must not mix with it."""
