@@ -27,6 +27,7 @@ FREE_KEYS = (
     "resume",
     "log_level",
     "progress",
+    "watchdog_s",
     "device",
     "parallel",
     "kv",
@@ -115,6 +116,8 @@ class GenerateConfig:
     """The progress bar: auto shows it on a terminal."""
     resume: str | None = None
     """The directory of a run to go on with; its own configuration applies, and the further keys on top of it."""
+    watchdog_s: float | None = None
+    """Seconds without progress after which a run is ended as failed; 0 never; null: 300 on a GPU, 3,600 on a CPU."""
     seed: int = 0
     """Seed of every row that has none of its own."""
     device: str = "auto"
@@ -134,6 +137,8 @@ class GenerateConfig:
         if self.log_level is not None and self.log_level.upper() not in LOG_LEVELS:
             raise ValueError(f"log_level={self.log_level}: must be one of {', '.join(LOG_LEVELS)}")
         check_choice("progress", self.progress, PROGRESS)
+        if self.watchdog_s is not None and not (math.isfinite(self.watchdog_s) and self.watchdog_s >= 0):
+            raise ValueError(f"watchdog_s={self.watchdog_s}: must be a number of seconds of at least 0, or null")
         check_integer("seed", self.seed, 0, 2**63 - 1)
         if self.writer.format == OPENAI_BATCH and self.reader.prompt is not None:
             raise ValueError(

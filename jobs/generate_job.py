@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.batch_output import BatchForm
-from jobs.command import EXIT_COMPLETE, EXIT_ROWS_FAILED, Command, Run
+from jobs.command import EXIT_COMPLETE, EXIT_FAILED, EXIT_ROWS_FAILED, Command, Run
 from jobs.config import FREE_KEYS, OPENAI_BATCH, GenerateConfig, to_llm_config
 from jobs.figures import Figures
 from jobs.file_hashes import FileHashes
 from jobs.generate_loop import GenerateLoop
 from jobs.input_paths import resolve_paths
 from jobs.journal import Journal, JournalError
-from jobs.manifest import Manifest
+from jobs.manifest import FAILED, Manifest
 from jobs.progress import Progress
+from jobs.progress_file import ProgressFile
 from jobs.reader import RowReader, check_input
 from jobs.ready_rows import ReadyRows, weight
 from jobs.record_tables import RecordTables
@@ -26,8 +27,10 @@ from jobs.recorder import ParquetRecorder
 from jobs.results import Results, verified_counts
 from jobs.resume import Resuming
 from jobs.row_feed import RowFeed
+from jobs.run_dir import RUN_LOG
 from jobs.summary import show, summary
 from jobs.usage import UsageError
+from jobs.watchdog import Watchdog
 from jobs.writer import check_keep
 from nanovllm.errors import ModelError, SettingError
 from nanovllm.models.checkpoint import check_checkpoint
@@ -44,6 +47,9 @@ SMALL_MODEL = 20_000_000
 """Weights below which one CPU thread is used: a second gains up to a half on an idle machine, but its barriers, one or
 two for each small operation, cost a factor of ten once another process wants a core (2 cores, 2026-11-23: 1,399 output
 tok/s against 908 when idle, 61 against 736 beside one busy process, on the embedded model)."""
+GPU_WATCHDOG_S = 300.0
+CPU_WATCHDOG_S = 3600.0
+"""A step of 8,192 prompt tokens of a model of 4 billion weights takes a quarter of an hour on two cores."""
 FEED_PATIENCE_S = 10.0
 """For the rows that are being tokenised when a run ends early."""
 BUNDLED_PROMPTS = Path(__file__).parent / "data" / "tiny_prompts.jsonl"
@@ -109,7 +115,8 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         stack.callback(_note_numbers, assembly.engine, run)
         _check_dtype(run, assembly)
         stack.callback(assembly.intake.close)
-        ready = RowFeed(ReadyRows(rows, assembly.intake, config.sampling), config.engine.max_num_seqs, weight)
+        ready_rows = ReadyRows(rows, assembly.intake, config.sampling)
+        ready = RowFeed(ready_rows, config.engine.max_num_seqs, weight)
         stack.callback(_end_feeds, rows, ready)
         stages = [results.generations, results.failures]
         tables = _record_tables(config, run, power)
@@ -117,19 +124,25 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         stack.enter_context(closing(journal))
         assembly.engine.recorders += [ParquetRecorder(journal, table) for table in tables]
         run.manifest.record(device=assembly.device, engine=assembly.facts())
+        num_rows, num_done = reader.count(), results.num_done
+        watchdog = _watchdog(config, run, assembly)
         loop = GenerateLoop(
             assembly,
             ready,
             journal,
             results.generations,
             results.failures,
-            Progress(config.progress, reader.count()),
+            figures,
+            Progress(config.progress, num_rows, rows_before=num_done, file=ProgressFile(run.directory)),
+            watchdog,
             source=", ".join(reader.paths),
+            num_rows=None if num_rows is None else num_rows - num_done,
+            input_is_awaited=lambda: not ready_rows.busy,
             in_step=all(Path(path).is_file() for path in reader.paths),
             max_failures=config.reader.max_failures,
         )
         try:
-            with run.phase("generate"), run.stop.deferred():
+            with run.phase("generate"), run.stop.deferred(), watchdog:
                 loop.run(run.stop, lambda: _note_hashes(hashes, run))
         except BaseException as error:
             _break_off(error, journal, results, run, lambda: _so_far(hashes, reader, loop, figures))
@@ -183,6 +196,18 @@ def _batch_form(config: GenerateConfig, run: Run) -> BatchForm | None:
         return None
     began = datetime.fromisoformat(run.manifest["attempts"][0]["started"])
     return BatchForm(config.model.path, int(began.timestamp()))
+
+
+def _watchdog(config: GenerateConfig, run: Run, assembly: "Assembly") -> Watchdog:
+    limit_s = config.watchdog_s
+    if limit_s is None:
+        limit_s = CPU_WATCHDOG_S if assembly.device == "cpu" else GPU_WATCHDOG_S
+    return Watchdog(
+        limit_s,
+        run.directory / RUN_LOG,
+        assembly.engine.describe,
+        lambda reason: run.manifest.finish(FAILED, EXIT_FAILED, reason),
+    )
 
 
 def _end_feeds(rows: RowFeed, ready: RowFeed) -> None:

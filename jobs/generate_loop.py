@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from jobs.figures import Figures
 from jobs.journal import VALUE_BYTES, Journal
-from jobs.progress import Progress
+from jobs.outlook import Outlook, running_lengths
+from jobs.progress import Pace, Progress
 from jobs.ration import Ration
 from jobs.ready_rows import ReadyRow
 from jobs.row_feed import RowFeed
 from jobs.rows import BadRow
 from jobs.stop import StopRequest
+from jobs.watchdog import Watchdog
 from jobs.writer import FailureWriter, Generation, GenerationWriter
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.errors import PromptError
@@ -38,15 +41,20 @@ class GenerateLoop:
         journal: Journal,
         generations: GenerationWriter,
         failures: FailureWriter,
+        figures: Figures,
         progress: Progress,
+        watchdog: Watchdog,
         *,
         source: str,
+        num_rows: int | None,
         in_step: bool,
+        input_is_awaited: Callable[[], bool],
         max_failures: int | None,
     ) -> None:
         """`generations` and `failures` are stages of the journal, behind the records.
 
-        `source` names the input in the log.
+        `source` names the input in the log; `num_rows` of it are still to be read, null where nobody knows.
+        `input_is_awaited`: whether there is no row because the input gives none, rather than for lack of work on it.
 
         `in_step`: the next row is always waited for, so that the same input gives the same schedule. Without it (an
         input that may pause, such as a pipe) what runs goes on while no row comes.
@@ -59,10 +67,15 @@ class GenerateLoop:
         self._journal = journal
         self._generations = generations
         self._failures = failures
+        self._figures = figures
         self._progress = progress
+        self._watchdog = watchdog
+        self._num_rows = num_rows
+        self._input_is_awaited = input_is_awaited
+        self._outlook = Outlook(assembly.engine.scheduler.max_model_len)
+        self._num_taken = 0
         self._max_failures = max_failures
         self._running: dict[int, ReadyRow] = {}
-        self._num_output_tokens = 0
         self._num_failed = failures.num_flushed
         """Those that are not acknowledged yet included."""
 
@@ -75,6 +88,7 @@ class GenerateLoop:
                 while self._feed(stop) or self._engine.has_work():
                     for output in self._engine.step():
                         self._finish(output)
+                    self._watchdog.beats += 1
                     self._show_progress()
                     stop.check()
                     between_steps()
@@ -92,9 +106,26 @@ class GenerateLoop:
     def _show_progress(self) -> None:
         self._progress.update(
             self._generations.num_flushed + self._failures.num_flushed,
-            self._num_output_tokens,
+            self._figures.num_sampled_tokens,
             self._failures.num_flushed,
+            self._figures.num_steps,
+            self._seconds_left,
         )
+
+    def _seconds_left(self, pace: Pace) -> float | None:
+        if self._num_rows is None:
+            return None
+        not_begun = max(0, self._num_rows - self._num_taken) + self._engine.num_waiting
+        lengths = running_lengths(self._engine)
+        return self._outlook.seconds_left(
+            not_begun, lengths, tokens_per_s=pace.tokens_per_s, steps_per_s=pace.steps_per_s
+        )
+
+    def _while_waiting(self) -> None:
+        """A pipe may be silent for hours; that is no hang."""
+        if self._input_is_awaited():
+            self._watchdog.beats += 1
+        self._show_progress()
 
     def counts(self) -> dict[str, object]:
         """Acknowledged rows of all attempts: all of them, answered, failed, and these by code, the commonest first."""
@@ -118,9 +149,11 @@ class GenerateLoop:
         scheduler = self._engine.scheduler
         ration = Ration(scheduler.max_num_batched_tokens)
         while self._engine.num_waiting < scheduler.max_num_seqs and not ration.is_spent:
-            row = self._rows.take(self._in_step or not self._engine.has_work(), stop)
+            wait = self._in_step or not self._engine.has_work()
+            row = self._rows.take(wait, stop, self._while_waiting)
             if row is None:
                 break
+            self._num_taken += 1
             if isinstance(row, BadRow):
                 self._fail(row)
             else:
@@ -135,7 +168,7 @@ class GenerateLoop:
 
     def _finish(self, output: SequenceOutput) -> None:
         row = self._running.pop(output.row)
-        self._num_output_tokens += len(output.token_ids)
+        self._outlook.finished(len(output.token_ids))
         if output.finish_reason == "error":
             reason = f"the model's logits were not finite after {len(output.token_ids)} output tokens"
             self._fail(row.failed(PromptError("logits_not_finite", reason)))

@@ -63,6 +63,11 @@ class Results:
         self.generations.close()
         self.failures.close()
 
+    @property
+    def num_done(self) -> int:
+        """Rows that earlier attempts have done."""
+        return len(self._done)
+
     def facts(self) -> dict[str, int]:
         """What an attempt begins with."""
         logs = (self.generations.log, self.failures.log)
