@@ -116,6 +116,8 @@ class GenerateConfig:
     """The progress bar: auto shows it on a terminal."""
     resume: str | None = None
     """The directory of a run to go on with; its own configuration applies, and the further keys on top of it."""
+    dry_run: bool = False
+    """Check every row and say what the run would need, without running it."""
     watchdog_s: float | None = None
     """Seconds without progress after which a run is ended as failed; 0 never; null: 300 on a GPU, 3,600 on a CPU."""
     seed: int = 0

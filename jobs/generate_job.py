@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.batch_output import BatchForm
-from jobs.command import EXIT_COMPLETE, EXIT_FAILED, EXIT_ROWS_FAILED, Command, Run
+from jobs.command import EXIT_COMPLETE, EXIT_FAILED, EXIT_ROWS_FAILED, Command, Run, complain
 from jobs.config import FREE_KEYS, OPENAI_BATCH, GenerateConfig, to_llm_config
 from jobs.figures import Figures
 from jobs.file_hashes import FileHashes
@@ -28,6 +28,7 @@ from jobs.results import Results, verified_counts
 from jobs.resume import Resuming
 from jobs.row_feed import RowFeed
 from jobs.run_dir import RUN_LOG
+from jobs.stop import StopRequest
 from jobs.summary import show, summary
 from jobs.usage import UsageError
 from jobs.watchdog import Watchdog
@@ -160,6 +161,27 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
     answers = BUNDLED_PROMPTS if config.input is None else None
     show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
     return EXIT_ROWS_FAILED if results.failures.num_flushed else EXIT_COMPLETE
+
+
+def rehearse(config: GenerateConfig, stop: StopRequest) -> int:
+    """dry_run=true: the run's exit code, as far as rows decide it, and on standard output what the run would need."""
+    from jobs import dry_run
+
+    source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
+    cache = dry_run.planned_cache(config, parse_config(source.config))
+    rows = RowFeed(_reader(config), config.engine.max_num_seqs, weight=lambda row: row.weight)
+    survey = dry_run.Survey()
+    with ExitStack() as stack:
+        stack.callback(rows.close)
+        rows.wait_for_first(stop)
+        intake = dry_run.intake_without_model(config, source, cache)
+        stack.callback(intake.close)
+        survey.take(ReadyRows(rows, intake, config.sampling))
+    show(dry_run.report(config, source, survey, cache))
+    if config.reader.max_failures is not None and survey.num_failed > config.reader.max_failures:
+        complain(f"the run would fail: more than reader.max_failures={config.reader.max_failures} rows are bad")
+        return EXIT_FAILED
+    return EXIT_ROWS_FAILED if survey.num_failed else EXIT_COMPLETE
 
 
 def fingerprint(config: GenerateConfig) -> dict[str, Any]:
@@ -296,5 +318,6 @@ COMMAND = Command(
     schema=GenerateConfig,
     check=check,
     run=run,
+    rehearse=rehearse,
     resuming=Resuming(fingerprint=fingerprint, settled=settled, free_keys=FREE_KEYS),
 )
