@@ -44,7 +44,7 @@ from jobs.compose import (
     register,
 )
 from jobs.continuation import Continuation, continuation
-from jobs.manifest import COMPLETE, FAILED, INTERRUPTED, Manifest
+from jobs.manifest import COMPLETE, FAILED, INTERRUPTED, Manifest, remove_unfinished
 from jobs.masking import Masker
 from jobs.results import ResultsError
 from jobs.resume import KEY, earlier_run
@@ -148,6 +148,7 @@ def _rehearse(rehearse: Callable[[ConfigT, StopRequest], int], config: ConfigT, 
 
 def _begin(path: Path, clock: Clock, first_facts: dict[str, object]) -> tuple[RunLock, Manifest]:
     lock = RunLock(path)
+    remove_unfinished(path)  # of a run that was killed before it had a manifest
     try:
         return lock, Manifest.create(path, clock, first_facts)
     except BaseException:

@@ -93,9 +93,8 @@ def earlier_run(given: str) -> Iterator[EarlierRun]:
         raise UsageError(f"resume={given}: cannot be locked: {error}") from error
     try:
         remove_unfinished(path)
-        for unfinished in path.glob(".*.jsonl.tmp"), path.glob(".*.parquet.tmp"):
-            for file in unfinished:
-                disk.remove(file)
+        for file in (*path.glob(".*.tmp"), *path.glob("records/*/*.tmp")):
+            disk.remove(file)
         yield EarlierRun(given, path, _loaded(given, path))
     finally:
         lock.release()

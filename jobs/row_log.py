@@ -64,7 +64,11 @@ class RowLog:
             return cls(path, power=power)
         log = cls.__new__(cls)
         log._begin(path, power, disk.reopen(path))
-        log._read_back(see)
+        try:
+            log._read_back(see)
+        except BaseException:
+            log.close()
+            raise
         return log
 
     def _begin(self, path: Path, power: bool, file: int) -> None:
