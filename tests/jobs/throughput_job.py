@@ -60,14 +60,19 @@ class MemoryWatch(threading.Thread):
         self._first = min(FIRST_ROWS, num_rows // 10)
         self.after_first = 0
         self.largest = 0
+        self.series: list[tuple[int, float]] = []
+        """(rows done, MB)"""
 
     def run(self) -> None:
         while True:
             time.sleep(0.1)
             rss = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+            rows_done = self._rows_done()
+            if not self.series or rows_done >= self.series[-1][0] + self._first:
+                self.series.append((rows_done, round(rss / 1e6, 1)))
             if self.after_first:
                 self.largest = max(self.largest, rss)
-            elif self._rows_done() >= self._first:
+            elif rows_done >= self._first:
                 self.after_first = self.largest = rss
 
     def _rows_done(self) -> int:
@@ -118,6 +123,7 @@ def main(num_rows: int, directory: Path, form: str) -> int:
         "seconds": round(seconds, 1),
         "rows_per_s": round(num_rows / seconds),
         "rss_after_first_mb": round(watch.after_first / 1e6, 1),
+        "series_mb": watch.series,
         "growth_mb": round((watch.largest - watch.after_first) / 1e6, 1),
     }
     print(json.dumps(facts))
