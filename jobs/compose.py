@@ -22,6 +22,8 @@ from jobs import schema as schemas
 from jobs.usage import UsageError
 
 HYDRA_VERSION_BASE = "1.3"
+HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra_plugins.")
+"""The `_target_` of its launchers and sweepers, which stand in every configuration."""
 RUN_DIR, SWEEP_DIR = "hydra.run.dir", "hydra.sweep.dir"
 
 ConfigT = TypeVar("ConfigT")
@@ -224,6 +226,7 @@ def _check_choices(parsed: Sequence[Override]) -> None:
 
 def _checked_tree(full: DictConfig, source: ConfigSource[ConfigT], parsed: Sequence[Override]) -> DictConfig:
     """The command's own configuration, without Hydra's, holding only keys that the schema has."""
+    _refuse_targets(OmegaConf.to_container(full, resolve=False), "")
     tree = full.copy()
     with open_dict(tree):
         del tree["hydra"]
@@ -234,6 +237,20 @@ def _checked_tree(full: DictConfig, source: ConfigSource[ConfigT], parsed: Seque
             name = complaints.shown(override) if override else key
             raise UsageError(f"{name}: {complaints.unknown_key(key, source.schema, _groups())}")
     return tree
+
+
+def _refuse_targets(node: object, key: str) -> None:
+    """A configuration may be a stranger's, and `_target_` names code to run: none is, and none is even taken."""
+    if isinstance(node, list):
+        for index, child in enumerate(node):
+            _refuse_targets(child, f"{key}[{index}]")
+    if not isinstance(node, dict):
+        return
+    for name, child in node.items():
+        where = f"{key}.{name}" if key else str(name)
+        if name == "_target_" and not str(child).startswith(HYDRAS_OWN):
+            raise UsageError(f"{where}={child}: no code is run from a configuration; leave _target_ out")
+        _refuse_targets(child, where)
 
 
 def _tree_keys(tree: DictConfig, known: dict[str, object], prefix: str = "") -> Iterator[str]:

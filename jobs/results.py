@@ -99,7 +99,7 @@ class Results:
 
     def finish(self, num_rows: int) -> list[OutputFile]:
         """Writes the final files of an input of `num_rows` rows; ResultsError unless each of them has a result."""
-        answered, failed = len(np.unique(self.generations.log.rows)), self.failures.num_flushed
+        answered, failed = self.generations.log.num_rows, self.failures.num_flushed
         if answered + failed != num_rows:
             raise ResultsError(f"{answered} rows were answered and {failed} failed, but {num_rows} were read")
         errors = [] if self._batch is None else [self.failures.finish_batch(self._batch)]

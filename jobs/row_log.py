@@ -98,6 +98,11 @@ class RowLog:
         return np.array(self._rows, np.int64)
 
     @property
+    def num_rows(self) -> int:
+        """Different ones."""
+        return len(np.unique(np.frombuffer(self._rows, np.int64)))
+
+    @property
     def samples(self) -> np.ndarray:
         """int32 [rows]"""
         return np.array(self._samples, np.int32)
@@ -129,8 +134,8 @@ class RowLog:
 
     def order(self) -> np.ndarray:
         """The lines' indices sorted by (row, sample); RowLogError where one of these stands twice."""
-        rows, samples = self.rows, self.samples
-        order = np.lexsort((samples, rows))
+        rows, samples = np.frombuffer(self._rows, np.int64), np.frombuffer(self._samples, np.int32)
+        order = np.lexsort((samples, rows)) if samples.any() else np.argsort(rows, kind="stable")
         for first in range(0, len(order), ORDER_CHUNK):
             chunk = order[first : first + ORDER_CHUNK + 1]
             again = (np.diff(rows[chunk]) == 0) & (np.diff(samples[chunk]) == 0)

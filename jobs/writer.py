@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
-import numpy as np
 
 from jobs import batch_output, disk
 from jobs.batch_output import BatchForm
@@ -173,7 +172,7 @@ class GenerationWriter:
         order = self.log.order()
         lines = self.log.read(order)
         if self._batch is not None:
-            num_rows, write = len(np.unique(self.log.rows)), self._batch.write_answers
+            num_rows, write = self.log.num_rows, self._batch.write_answers
             return _replace(self._final, num_rows, lambda file: write(file, lines), _count_lines)
         if self._format == "jsonl":
             return _replace(self._final, len(order), lambda file: file.writelines(lines), _count_lines)
