@@ -124,7 +124,11 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         journal = Journal([*tables, *stages], flush_s=config.recorder.flush_s)
         stack.enter_context(closing(journal))
         assembly.engine.recorders += [ParquetRecorder(journal, table) for table in tables]
-        run.manifest.record(device=assembly.device, engine=assembly.facts())
+        run.manifest.record(
+            device=assembly.device,
+            engine=assembly.facts(),
+            chat_template={"sha256": assembly.intake.chat_template_sha256},
+        )
         num_rows, num_done = reader.count(), results.num_done
         watchdog = _watchdog(config, run, assembly)
         loop = GenerateLoop(

@@ -49,7 +49,12 @@ class Assembly:
 
     def facts(self) -> dict[str, object]:
         """The settings with every automatic choice made, for a manifest."""
-        return {**self.settings, "num_kv_blocks": self.num_kv_blocks, "kv_bytes": self.kv_bytes}
+        return {
+            **self.settings,
+            "num_kv_blocks": self.num_kv_blocks,
+            "kv_bytes": self.kv_bytes,
+            "cuda": torch.version.cuda,
+        }
 
 
 def assemble(

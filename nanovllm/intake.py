@@ -1,5 +1,6 @@
 """From what a user gives (text, messages or ids) to what the engine takes, and from its tokens back to text."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,12 @@ class Intake:
         self._defaults = defaults
         self._seed = seed
         self._worker = PromptWorker(tokenizer.prompt_setup()) if tokenizer is not None else None
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Of the template that conversations go through; None without one."""
+        template = self._worker.chat_template if self._worker is not None else None
+        return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
     def prepare(self, prompts: Sequence[str | Conversation]) -> list[np.ndarray | PromptError]:
         """int32 token ids of each prompt, or why it has none; a text gets no chat template.

@@ -51,6 +51,10 @@ class PromptWorker:
         self._decode = msgspec.msgpack.Decoder(list[bytes | tuple[str, str]]).decode
         self._process: _Process | None = None
 
+    @property
+    def chat_template(self) -> str | None:
+        return self._setup.chat_template
+
     def token_ids(self, prompts: Sequence[str | Conversation]) -> list[np.ndarray | PromptError]:
         """int32 ids of each prompt, or why it has none.
 
