@@ -1,9 +1,8 @@
 """Results in the form of OpenAI's Batch API: one line for each request, samples as choices, and an error file."""
 
 from collections.abc import Iterable, Iterator
-from io import BufferedWriter
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import msgspec
 
@@ -32,12 +31,12 @@ class BatchForm:
         self._model = model
         self._created = created
 
-    def write_answers(self, file: BufferedWriter, lines: Iterable[bytes]) -> None:
+    def write_answers(self, file: BinaryIO, lines: Iterable[bytes]) -> None:
         encode = msgspec.json.Encoder().encode
         for _, samples in groupby(_records(lines), key=lambda record: record["row"]):
             file.write(encode(self._answer(list(samples))) + b"\n")
 
-    def write_errors(self, file: BufferedWriter, lines: Iterable[bytes]) -> None:
+    def write_errors(self, file: BinaryIO, lines: Iterable[bytes]) -> None:
         """From lines of failures.jsonl."""
         encode = msgspec.json.Encoder().encode
         for record in _records(lines):

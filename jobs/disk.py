@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -79,7 +79,7 @@ def sync_directory(path: Path) -> None:
 
 def replace(
     path: Path,
-    write: Callable[[io.BufferedWriter], object],
+    write: Callable[[BinaryIO], object],
     check: Callable[[Path], _Checked],
     *,
     beside: Path | None = None,
@@ -128,6 +128,17 @@ def free_space(path: Path) -> str:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that comes without a file's name, as those of open files do, gets this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def _removed_unless_done(beside: Path) -> Iterator[None]:
     try:
         yield
@@ -149,14 +160,14 @@ def _link(beside: Path, path: Path) -> None:
     remove(beside)
 
 
-def _write_file(path: Path, write: Callable[[io.BufferedWriter], object], durable: bool) -> None:
+def _write_file(path: Path, write: Callable[[BinaryIO], object], durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        raw: io.RawIOBase = _Raw(descriptor)
-        with io.BufferedWriter(raw, BUFFER_BYTES) as file:
+        with naming(path), io.BufferedWriter(_Raw(descriptor), BUFFER_BYTES) as file:
             write(file)
         if durable:
-            sync(descriptor)
+            with naming(path):
+                sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -23,8 +23,10 @@ class FileHashes:
     file, its time of modification stand for it.
     """
 
-    def __init__(self, source: ModelSource, inputs: Sequence[str]) -> None:
-        """Raises OSError for a file that cannot be read."""
+    def __init__(
+        self, source: ModelSource, inputs: Sequence[str], known: Mapping[str, Mapping[str, Any] | None] | None = None
+    ) -> None:
+        """`known` is a fingerprint whose hashes have just been verified. Raises OSError for an unreadable file."""
         self._source = source
         self._model = {file: _stamp(file) for file in _files_of(source)}
         self._input = {Path(path): _stamp(Path(path)) for path in inputs if path != STANDARD_INPUT and is_regular(path)}
@@ -32,8 +34,10 @@ class FileHashes:
         self._num_told = 0
         self._num_hashed = 0
         self._error: OSError | None = None
+        if known is not None:
+            self._take_over(known)
         for path, stamp in self._stamps():
-            if stamp["bytes"] <= SMALL_BYTES:
+            if stamp["sha256"] is None and stamp["bytes"] <= SMALL_BYTES:
                 self._hash(path, stamp)
         self._thread = threading.Thread(target=self._run, name="file-hashes", daemon=True)
         self._thread.start()
@@ -71,6 +75,12 @@ class FileHashes:
             else None,
             "model": self.facts()["files"],
         }
+
+    def _take_over(self, known: Mapping[str, Mapping[str, Any] | None]) -> None:
+        for path, stamp in self._input.items():
+            stamp["sha256"] = (known["input"] or {}).get(printable(str(path)), {}).get("sha256")
+        for path, stamp in self._model.items():
+            stamp["sha256"] = (known["model"] or {}).get(path.name, {}).get("sha256")
 
     def _stamps(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield from self._input.items()

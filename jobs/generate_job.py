@@ -108,7 +108,7 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         rows = RowFeed(results.missing(reader), config.engine.max_num_seqs, weight=lambda row: row.weight)
         stack.callback(rows.close)
         rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
-        hashes = FileHashes(source, reader.paths)
+        hashes = FileHashes(source, reader.paths, known=run.manifest.get("fingerprint"))
         run.manifest.record(fingerprint=hashes.fingerprint())
         if resumed:
             run.manifest.record_attempt(began_with=results.facts())

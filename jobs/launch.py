@@ -47,7 +47,7 @@ from jobs.continuation import Continuation, continuation
 from jobs.manifest import COMPLETE, FAILED, INTERRUPTED, Manifest, remove_unfinished
 from jobs.masking import Masker
 from jobs.results import ResultsError
-from jobs.resume import KEY, earlier_run
+from jobs.resume import KEY, EarlierRun, Resuming, earlier_run
 from jobs.run_dir import RUN_LOG, RunDirectory, append_to_log, claim, write_hydra_files
 from jobs.run_lock import RunLock
 from jobs.stop import Stopped, StopRequest
@@ -166,27 +166,53 @@ def _resume(
     check_composition(source, line.overrides)
     masker = Masker(os.environ)
     with earlier_run(given) as earlier:
-        if source.extra_dir is None:
-            source = replace(source, extra_dir=earlier.extra_dir())
-        composition = compose_config(source, earlier.overrides(source, line.overrides))
-        if is_dry_run(composition.config):
-            raise UsageError(f"dry_run=true: has no effect with resume={given}, whose rows have been checked")
-        config = masker.resolved(composition.tree)
-        earlier.check_config(config, resuming.free_keys)
-        code = resuming.settled(earlier.path, earlier.manifest)
-        if code is not None:
-            if earlier.manifest["status"] != COMPLETE:
-                earlier.manifest.finish(COMPLETE, code)
-            return code
-        if composition.config.reads_standard_input:
-            raise earlier.refusal("its input is standard input, which can be read only once")
-        check(command, composition.config)
-        earlier.check_files(resuming.fingerprint(composition.config))
-        numbers = continuation(earlier.path, earlier.manifest)
-        clock = Clock.resumed(datetime.fromisoformat(earlier.manifest["clock_zero"]), numbers.last_ns)
-        earlier.manifest.resume(clock, facts(command.module, line.words, line.overrides, config, masker))
-        run = Run(directory=earlier.path, manifest=earlier.manifest, clock=clock, numbers=numbers, stop=stop)
+        try:
+            begun = _next_attempt(command, resuming, source, line, stop, earlier, masker)
+        except OSError as error:
+            raise earlier.refusal(str(error)) from error
+        if isinstance(begun, int):
+            return begun
+        composition, run = begun
         return _until_its_end(command, composition, run, RunDirectory(path=earlier.path, created=()), masker)
+
+
+def _next_attempt(
+    command: Command[ConfigT],
+    resuming: Resuming,
+    source: ConfigSource[ConfigT],
+    line: CommandLine,
+    stop: StopRequest,
+    earlier: EarlierRun,
+    masker: Masker,
+) -> tuple[Composition[ConfigT], Run] | int:
+    """Checks that the run may go on and begins an attempt; the exit code of a run that has all of its results."""
+    if source.extra_dir is None:
+        source = replace(source, extra_dir=earlier.extra_dir())
+    composition = compose_config(source, earlier.overrides(source, line.overrides))
+    if is_dry_run(composition.config):
+        raise UsageError(f"dry_run=true: has no effect with resume={earlier.path}, whose rows have been checked")
+    config = masker.resolved(composition.tree)
+    earlier.check_config(config, resuming.free_keys)
+    code = resuming.settled(earlier.path, earlier.manifest)
+    if code is not None:
+        if earlier.manifest["status"] != COMPLETE:
+            earlier.manifest.finish(COMPLETE, code)
+        return code
+    if composition.config.reads_standard_input:
+        raise earlier.refusal("its input is standard input, which can be read only once")
+    try:
+        check(command, composition.config)
+        files = resuming.fingerprint(composition.config)
+    except (UsageError, ValueError) as error:
+        raise earlier.refusal(str(error)) from error
+    earlier.check_files(files)
+    numbers = continuation(earlier.path, earlier.manifest)
+    clock = Clock.resumed(datetime.fromisoformat(earlier.manifest["clock_zero"]), numbers.last_ns)
+    attempt_facts = facts(command.module, line.words, line.overrides, config, masker)
+    with stop.deferred():
+        earlier.manifest.resume(clock, attempt_facts)
+    run = Run(directory=earlier.path, manifest=earlier.manifest, clock=clock, numbers=numbers, stop=stop)
+    return composition, run
 
 
 def _until_its_end(

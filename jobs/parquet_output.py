@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
-from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
@@ -94,7 +93,7 @@ def parquet_schema(id_kind: Kind, column_kinds: Mapping[str, Kind]) -> ParquetSc
     return ParquetSchema(arrow=arrow, ids_as_text=ids_as_text, json_columns=json_columns)
 
 
-def write_parquet(file: BufferedWriter, lines: Iterator[bytes], schema: ParquetSchema) -> None:
+def write_parquet(file: BinaryIO, lines: Iterator[bytes], schema: ParquetSchema) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

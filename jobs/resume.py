@@ -12,7 +12,7 @@ from jobs.complaints import shown
 from jobs.compose import ConfigSource, merge_overrides
 from jobs.file_hashes import file_differences
 from jobs.manifest import NAME as MANIFEST
-from jobs.manifest import Manifest, remove_unfinished
+from jobs.manifest import Manifest
 from jobs.masking import MASK
 from jobs.run_lock import Locked, RunLock
 from jobs.usage import UsageError
@@ -92,12 +92,19 @@ def earlier_run(given: str) -> Iterator[EarlierRun]:
     except OSError as error:
         raise UsageError(f"resume={given}: cannot be locked: {error}") from error
     try:
-        remove_unfinished(path)
-        for file in (*path.glob(".*.tmp"), *path.glob("records/*/*.tmp")):
-            disk.remove(file)
+        _remove_unfinished_files(given, path)
         yield EarlierRun(given, path, _loaded(given, path))
     finally:
         lock.release()
+
+
+def _remove_unfinished_files(given: str, path: Path) -> None:
+    """What killed attempts were about to write under other names."""
+    try:
+        for file in (*path.glob(".*.tmp"), *path.glob("records/*/*.tmp")):
+            disk.remove(file)
+    except OSError as error:
+        raise UsageError(f"resume={given}: {error}") from error
 
 
 def _loaded(given: str, path: Path) -> Manifest:

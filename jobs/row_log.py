@@ -82,6 +82,7 @@ class RowLog:
         self._ends = array("q")
         """Where each line ends in the file; it begins where the one before it ends."""
         self._waiting: list[RowLine] = []
+        """With their checksums."""
         self._size = 0
         self._power = power
         self._failed = False
@@ -94,47 +95,48 @@ class RowLog:
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 [rows]: of the acknowledged rows, in the order in which they came. A copy."""
-        return np.array(self._rows, np.int64)
+        """int64 [rows]: of the acknowledged rows, in the order in which they came.
+
+        A view: while it is alive, no row can be added.
+        """
+        return np.asarray(self._rows)
 
     @property
     def num_rows(self) -> int:
         """Different ones."""
-        return len(np.unique(np.frombuffer(self._rows, np.int64)))
-
-    @property
-    def samples(self) -> np.ndarray:
-        """int32 [rows]"""
-        return np.array(self._samples, np.int32)
+        return len(np.unique(self.rows))
 
     def add(self, lines: Sequence[RowLine]) -> None:
         self._open_file()
-        self._waiting += lines
-        self.num_bytes += sum(len(line.line) for line in lines)
+        for line in lines:
+            sealed = sealed_line(line.line)
+            self._waiting.append(RowLine(line.row, line.sample, sealed))
+            self.num_bytes += len(sealed)
 
     def flush(self) -> None:
         """Makes what was added durable and counts it."""
         file = self._open_file()
         if not self._waiting:
             return
-        sealed = [sealed_line(line.line) for line in self._waiting]
         self._failed = True  # until all of it is done
         try:
-            disk.append(file, b"".join(sealed))
+            with disk.naming(self.path):
+                disk.append(file, b"".join(line.line for line in self._waiting))
+                if self._power:
+                    disk.sync_data(file)
         except BaseException:
-            with contextlib.suppress(OSError):  # recovery does the same
+            # Nobody knows what of it is on the device; recovery, which reads the cache, must not take it for durable.
+            with contextlib.suppress(OSError):
                 disk.truncate(file, self._size)
             raise
-        if self._power:
-            disk.sync_data(file)
         self._failed = False
-        self._count(self._waiting, [len(line) for line in sealed])
+        self._count(self._waiting)
         self._waiting = []
         self.num_bytes = 0
 
     def order(self) -> np.ndarray:
         """The lines' indices sorted by (row, sample); RowLogError where one of these stands twice."""
-        rows, samples = np.frombuffer(self._rows, np.int64), np.frombuffer(self._samples, np.int32)
+        rows, samples = self.rows, np.asarray(self._samples)
         order = np.lexsort((samples, rows)) if samples.any() else np.argsort(rows, kind="stable")
         for first in range(0, len(order), ORDER_CHUNK):
             chunk = order[first : first + ORDER_CHUNK + 1]
@@ -165,9 +167,9 @@ class RowLog:
             raise OSError(f"{self.path}: an earlier write failed, so nothing more is written")
         return self._file
 
-    def _count(self, lines: Sequence[RowLine], sizes: Sequence[int]) -> None:
-        for line, size in zip(lines, sizes, strict=True):
-            self._size += size
+    def _count(self, sealed: Sequence[RowLine]) -> None:
+        for line in sealed:
+            self._size += len(line.line)
             self._rows.append(line.row)
             self._samples.append(line.sample)
             self._ends.append(self._size)
@@ -184,7 +186,7 @@ class RowLog:
             line = unsealed_line(sealed)
             if line is None:
                 break
-            self._count([RowLine(*see(line), b"")], [len(sealed)])
+            self._count([RowLine(*see(line), sealed)])
         self.num_cut_bytes = os.fstat(file).st_size - self._size
         if self.num_cut_bytes:
             disk.truncate(file, self._size)

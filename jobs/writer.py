@@ -3,10 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 
@@ -81,19 +80,50 @@ def check_keep(keep: Sequence[str]) -> None:
             raise ValueError(f"writer.keep={name}: named twice")
 
 
-class GenerationWriter:
+class _Writer:
+    """What both writers are: a log while the run goes on, a final file made from it at its end.
+
+    `add` and `flush` are a Journal's stage. A disk error raises OSError out of flush or finish: the log then holds
+    whole lines up to the last flush that succeeded, takes no more, and no final file is left behind. A context manager
+    that closes itself; without `finish` and `remove_log` the log stays.
+    """
+
+    log: RowLog
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def num_flushed(self) -> int:
+        """Rows that are acknowledged, those of earlier attempts included."""
+        return self.log.num_flushed
+
+    @property
+    def num_bytes(self) -> int:
+        return self.log.num_bytes
+
+    def remove_log(self) -> None:
+        """Once it is written down that the final file is there."""
+        self.log.close()
+        disk.remove(self.log.path)
+
+    def close(self) -> None:
+        """Gives the file back. A second call does nothing."""
+        self.log.close()
+
+
+class GenerationWriter(_Writer):
     """generations.jsonl or generations.parquet of one run, in input order whatever order the rows finish in.
 
     While the job runs, acknowledged rows can be read in `generations.partial.jsonl`: JSONL in the order of completion,
     each line as it will stand in generations.jsonl but for its checksum (see RowLog). `encode` makes a row's line, in
-    the step loop; `add` and `flush` are a Journal's stage. `finish`, when the journal is closed, writes the final file
-    from the partial one, which stays until `remove_log`.
-
-    - Memory: 20 bytes for each row, and one group of rows.
-    - A disk error raises OSError out of flush or finish. The partial file then holds whole lines up to the last flush
-      that succeeded, the writer takes no more, and no final file is left behind.
-    - The writer is a context manager that closes itself; without `finish` it leaves the partial file.
-    - JSON has no NaN: one in a kept column becomes null.
+    the step loop. `finish`, when the journal is closed, writes the final file from the partial one. Memory: 20 bytes
+    for each row, and one group of rows. JSON has no NaN: one in a kept column becomes null.
 
     In Parquet, a kept column is a string, bool, int64 or float64 column when all of its values (nulls aside) are of
     that kind; integers among floats become floats if none of them changes. Any other column is a string column of JSON
@@ -126,23 +156,6 @@ class GenerationWriter:
         self._id_kind = Kind.NONE
         self._column_kinds = dict.fromkeys(self._keep, Kind.NONE)
         self.log = open_log(run_dir / PARTIAL_NAME, self._see, power=power, resumed=resumed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def num_flushed(self) -> int:
-        """Rows that are acknowledged, those of earlier attempts included."""
-        return self.log.num_flushed
-
-    @property
-    def num_bytes(self) -> int:
-        return self.log.num_bytes
 
     def encode(self, generation: Generation) -> RowLine:
         """The line of one finished sample. Each (row, sample) must come once."""
@@ -179,15 +192,6 @@ class GenerationWriter:
         schema = parquet_schema(self._id_kind, self._column_kinds)
         return _replace(self._final, len(order), lambda file: write_parquet(file, lines, schema), count_parquet_rows)
 
-    def remove_log(self) -> None:
-        """Once it is written down that the final file is there."""
-        self.log.close()
-        disk.remove(self.log.path)
-
-    def close(self) -> None:
-        """Gives the file back. A second call does nothing."""
-        self.log.close()
-
     def _see(self, line: bytes) -> tuple[int, int]:
         """Takes over a line of an earlier attempt."""
         record = msgspec.json.decode(line)
@@ -200,7 +204,7 @@ class GenerationWriter:
             self._column_kinds[name] |= kind_of(value)
 
 
-class FailureWriter:
+class FailureWriter(_Writer):
     """failures.jsonl of one run, in row order.
 
     While the job runs, acknowledged failures can be read in `failures.partial.jsonl`, in the order in which they
@@ -214,23 +218,6 @@ class FailureWriter:
         self._encode = msgspec.json.Encoder().encode
         self._added: list[str] = []
         self.log = open_log(run_dir / PARTIAL_FAILURES_NAME, self._see, power=power, resumed=resumed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def num_flushed(self) -> int:
-        """Failures that are acknowledged, those of earlier attempts included."""
-        return self.log.num_flushed
-
-    @property
-    def num_bytes(self) -> int:
-        return self.log.num_bytes
 
     def encode(self, failure: BadRow) -> tuple[str, RowLine]:
         """The code and the line of one failure."""
@@ -265,15 +252,6 @@ class FailureWriter:
         write = batch.write_errors
         return _replace(errors, len(order), lambda file: write(file, self.log.read(order)), _count_lines)
 
-    def remove_log(self) -> None:
-        """Once it is written down that the final file is there."""
-        self.log.close()
-        disk.remove(self.log.path)
-
-    def close(self) -> None:
-        """Gives the file back. A second call does nothing."""
-        self.log.close()
-
     def _see(self, line: bytes) -> tuple[int, int]:
         record = msgspec.json.decode(line)
         self.codes[record["code"]] += 1
@@ -288,7 +266,7 @@ def open_log(path: Path, see: Callable[[bytes], tuple[int, int]], *, power: bool
 
 
 def _replace(
-    final: Path, num_rows: int, write: Callable[[BufferedWriter], object], count: Callable[[Path], int]
+    final: Path, num_rows: int, write: Callable[[BinaryIO], object], count: Callable[[Path], int]
 ) -> OutputFile:
     def check(path: Path) -> OutputFile:
         if (found := count(path)) != num_rows:

@@ -58,6 +58,8 @@ def build_engine(
     max_model_len: int = 64,
     eos_token_ids: tuple[int, ...] = (),
     bad_from: Mapping[int, int] | None = None,
+    first_step: int = 0,
+    first_seq_id: int = 0,
 ) -> tuple[LLMEngine, Log]:
     log = Log()
     scheduler = Scheduler(
@@ -69,7 +71,15 @@ def build_engine(
     )
     runner = ShadowRunner(block_size, lookahead=lookahead, deferred=deferred, bad_from=bad_from)
     ticks = iter(range(1, 10**9))
-    return LLMEngine(scheduler, runner, recorders=(log,), clock=lambda: next(ticks)), log
+    engine = LLMEngine(
+        scheduler,
+        runner,
+        recorders=(log,),
+        clock=lambda: next(ticks),
+        first_step=first_step,
+        first_seq_id=first_seq_id,
+    )
+    return engine, log
 
 
 def add(engine: LLMEngine, prompt: list[int], max_tokens: int | None = 4, row: int = 0) -> int:

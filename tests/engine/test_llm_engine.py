@@ -449,3 +449,15 @@ def test_a_plan_belongs_to_its_step_for_good() -> None:
 
     for name in ("starts", "num_tokens", "samples", "slots"):
         assert getattr(plan, name).tolist() == getattr(before, name).tolist()
+
+
+def test_an_engine_that_goes_on_counting_begins_with_the_numbers_it_is_given() -> None:
+    engine, log = build_engine(first_step=7, first_seq_id=40)
+    assert (engine.last_committed, engine.next_step, engine.next_seq_id) == (6, 7, 40)
+    assert add(engine, [1, 2, 3]) == 40
+    assert add(engine, [4, 5]) == 41
+    drain(engine)
+    steps = [event.schedule.plan.step for event in log.steps]
+    assert steps == list(range(7, 7 + len(steps)))
+    assert {int(seq_id) for event in log.steps for seq_id in event.schedule.plan.seq_ids} == {40, 41}
+    assert (engine.last_committed, engine.next_seq_id) == (steps[-1], 42)

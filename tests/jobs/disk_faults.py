@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 BEFORE, TORN, AFTER = "before", "torn", "after"
@@ -84,15 +85,18 @@ class FailingOs(CountingOs):
     Removing and shortening work on a full disk.
     """
 
-    def __init__(self, number: int, code: int) -> None:
+    def __init__(self, number: int, code: int, flag: Path) -> None:
+        """`flag` is a file that is made when something fails."""
         super().__init__()
         self._number = number
         self._code = code
+        self._flag = flag
         self._torn = False
 
     def at(self, number: int, name: str, call: Any, *arguments: Any) -> Any:
         if number < self._number or (self._code == errno.ENOSPC and name in ("unlink", "ftruncate", "fsync")):
             return call(*arguments)
+        self._flag.touch()
         if name == "write" and not self._torn and len(arguments[1]) > 1:
             self._torn = True
             return os.write(arguments[0], memoryview(arguments[1])[: len(arguments[1]) // 2])

@@ -15,6 +15,7 @@ from jobs.generate_job import COMMAND, check, run
 from jobs.launch import Run
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
+from nanovllm.engine.plan import Plan
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.intake import Intake
 from nanovllm.models.source import ModelSource
@@ -30,6 +31,12 @@ class _MarkedIntake(Intake):
 
     def text(self, output: SequenceOutput) -> str | None:
         return f"attempt {self.attempt}"
+
+
+class _Runner(ShadowRunner):
+    def submit(self, plan: Plan) -> None:
+        super().submit(plan)
+        self.used_tables.clear()  # of every step so far, for tests of a few steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +61,7 @@ def assemble(config: GenerateConfig, run: Run, figures: Figures, source: ModelSo
     )
     engine = LLMEngine(
         scheduler,
-        ShadowRunner(BLOCK_SIZE, lookahead=1),
+        _Runner(BLOCK_SIZE, lookahead=1),
         recorders=[figures],
         clock=run.clock.now_ns,
         first_step=run.numbers.first_step,

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,37 @@ def test_the_end_is_written_down(tmp_path: Path):
     assert content["attempts"][0]["ended"] is not None
     with pytest.raises(ValueError, match="status=done"):
         manifest.finish("done", 0)
+
+
+def test_another_attempt_is_listed_and_keeps_what_the_one_before_it_said(tmp_path: Path):
+    create(tmp_path, config={"seed": 1}, command=["a"], overrides=["seed=1"]).record(counts={"rows": 3}, figures=1)
+    manifest = Manifest.load(tmp_path)
+    assert manifest.attempt == 0
+    manifest.resume(Clock(), {"config": {"seed": 2}, "command": ["b"], "overrides": ["x=y"]})
+    content = read(tmp_path)
+    assert (content["status"], content["command"], content["config"]) == ("running", ["a"], {"seed": 2})
+    assert content["counts"] == {"rows": 3}
+    assert "figures" not in content, "they are of an attempt"
+    assert "overrides" not in content
+    first, second = content["attempts"]
+    assert (first["status"], first["ended"], first["config"], first["figures"]) == ("killed", None, {"seed": 1}, 1)
+    assert (second["attempt"], second["command"], second["overrides"]) == (1, ["b"], ["x=y"])
+    with manifest.phase("load"):
+        pass
+    manifest.record_attempt(last_step=7)
+    manifest.finish(COMPLETE, 0)
+    first, second = read(tmp_path)["attempts"]
+    assert (second["status"], second["exit_code"], second["last_step"]) == ("complete", 0, 7)
+    assert (len(first["phases"]), len(second["phases"])) == (0, 1)
+
+
+def test_a_resumed_clock_counts_from_the_first_ones_zero_and_never_back():
+    zero = datetime.now(UTC) - timedelta(seconds=100)
+    assert 100e9 <= Clock.resumed(zero, 5).now_ns() < 101e9
+    later = Clock.resumed(zero, int(500e9))
+    assert 500e9 <= later.now_ns() < 501e9, "the wall clock was set back in between"
+    assert later.zero == zero
+    assert 10 <= Clock.resumed(datetime.now(UTC) + timedelta(days=1), 10).now_ns() < 1e9
 
 
 def test_a_reader_never_sees_half_a_manifest(tmp_path: Path):

@@ -28,14 +28,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: without_attempt((directory / "run" / name).read_bytes()) for name in names}
 
 
-@pytest.fixture
-def broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended early, with answered and failed rows, of the input rows.jsonl beside it."""
-    monkeypatch.chdir(tmp_path)
-    write_input(tmp_path / "rows.jsonl", NUM_ROWS)
-    code = launch(SCRIPTED, [*words(Path("rows.jsonl")), "reader.max_failures=1", "hydra.run.dir=run"])
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pattern")
+    write_input(directory / "rows.jsonl", NUM_ROWS)
+    with chdir(directory):
+        code = launch(SCRIPTED, [*words(Path("rows.jsonl")), "reader.max_failures=1", "hydra.run.dir=run"])
     assert code == 1
-    assert 0 < len((tmp_path / "run/generations.partial.jsonl").read_bytes().splitlines()) < NUM_ROWS - 3
+    assert 0 < len((directory / "run/generations.partial.jsonl").read_bytes().splitlines()) < NUM_ROWS - 3
+    return directory
+
+
+@pytest.fixture
+def broken_off(pattern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that ended early, with answered and failed rows, of the input rows.jsonl beside it."""
+    shutil.copytree(pattern, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
@@ -226,6 +234,17 @@ def test_a_model_file_that_has_changed_is_refused(
             file.write(bytes([last[0] ^ 1]))
     assert go_on() == 2
     assert f"model {name}: has" in capfd.readouterr().err
+
+
+def test_from_another_directory_the_message_says_where_the_run_was_started(
+    broken_off: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], pattern: Path
+):
+    (broken_off.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(broken_off.parent / "elsewhere")
+    assert resume(directory="../run") == 2
+    err = capfd.readouterr().err
+    assert "error: resume=../run: input=rows.jsonl: no such file" in err
+    assert f"(the run was started in {pattern})" in err
 
 
 def test_a_file_more_or_less_of_a_glob_is_refused(

@@ -1,6 +1,7 @@
 """The log of finished rows: what it takes for whole, what it cuts off, what it refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,39 @@ def test_rows_count_when_they_are_flushed(tmp_path: Path):
     log.flush()
     assert (log.num_flushed, log.rows.tolist()) == (2, [4, 2])
     log.close()
+
+
+@pytest.mark.parametrize("power", [True, False])
+def test_a_flush_is_one_write_and_for_power_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, power: bool):
+    log = RowLog(tmp_path / "log", power=power)
+    calls: list[str] = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: calls.append("write") or write(file, data))
+    monkeypatch.setattr(os, "fdatasync", lambda file: calls.append("fdatasync"))
+    log.add([row_line(row) for row in range(1000)])
+    log.flush()
+    log.flush()
+    log.close()
+    assert calls == (["write", "fdatasync"] if power else ["write"])
+
+
+def test_what_could_not_be_synced_is_cut_off_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Otherwise recovery would find it in the system's cache and take it for durable."""
+    path = tmp_path / "log"
+    log = RowLog(path)
+    log.add([row_line(1)])
+    log.flush()
+    kept = path.read_bytes()
+
+    def broken(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    log.add([row_line(2)])
+    with pytest.raises(OSError, match="log"):
+        log.flush()
+    log.close()
+    assert path.read_bytes() == kept
 
 
 def test_recovery_cuts_a_torn_end_at_every_byte_and_goes_on_there(tmp_path: Path):
