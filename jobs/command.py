@@ -73,6 +73,8 @@ class Command(Generic[ConfigT]):
     What it raises decides the exit code: `Stopped` 130 or 143, `UsageError` and `ModelError` 2 (the run never began;
     its directory is removed if it holds no result), anything else 1 with the traceback in run.log.
     """
+    rehearse: Callable[[ConfigT, StopRequest], int] | None = None
+    """What a configuration whose `dry_run` is true does instead of a run, without a directory; returns an exit code."""
     resuming: Resuming | None = None
     """None: its runs cannot be resumed."""
     config_dir: Path = CONF_DIR
@@ -93,6 +95,11 @@ def prepare(command: Command[ConfigT], source: ConfigSource[ConfigT], overrides:
     composition = compose_config(source, overrides)
     check(command, composition.config)
     return composition
+
+
+def is_dry_run(config: JobConfig) -> bool:
+    """Not every command's configuration has the key."""
+    return bool(getattr(config, "dry_run", False))
 
 
 def facts(

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -22,6 +22,8 @@ from jobs import schema as schemas
 from jobs.usage import UsageError
 
 HYDRA_VERSION_BASE = "1.3"
+HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra_plugins.")
+"""The `_target_` of its launchers and sweepers, which stand in every configuration."""
 RUN_DIR, SWEEP_DIR = "hydra.run.dir", "hydra.sweep.dir"
 
 ConfigT = TypeVar("ConfigT")
@@ -224,6 +226,7 @@ def _check_choices(parsed: Sequence[Override]) -> None:
 
 def _checked_tree(full: DictConfig, source: ConfigSource[ConfigT], parsed: Sequence[Override]) -> DictConfig:
     """The command's own configuration, without Hydra's, holding only keys that the schema has."""
+    _refuse_targets(OmegaConf.to_container(full, resolve=False), "")
     tree = full.copy()
     with open_dict(tree):
         del tree["hydra"]
@@ -236,13 +239,29 @@ def _checked_tree(full: DictConfig, source: ConfigSource[ConfigT], parsed: Seque
     return tree
 
 
+def _refuse_targets(node: object, key: str) -> None:
+    """A configuration may be a stranger's, and `_target_` names code to run: none is, and none is even taken."""
+    if isinstance(node, list):
+        for index, child in enumerate(node):
+            _refuse_targets(child, f"{key}[{index}]")
+    if not isinstance(node, dict):
+        return
+    for name, child in node.items():
+        where = f"{key}.{name}" if key else str(name)
+        if name == "_target_" and not str(child).startswith(HYDRAS_OWN):
+            raise UsageError(f"{where}={child}: no code is run from a configuration; leave _target_ out")
+        _refuse_targets(child, where)
+
+
 def _tree_keys(tree: DictConfig, known: dict[str, object], prefix: str = "") -> Iterator[str]:
     """Dotted keys, down to the first unknown one of each branch."""
     for name in tree:
         key = f"{prefix}{name}"
         yield key
         child = tree._get_node(str(name))
-        if key in known and isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation()):
+        if not is_dataclass(known.get(key)):  # nor is a mapping one, whose names are anyone's
+            continue
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation()):
             yield from _tree_keys(child, known, f"{key}.")
 
 
@@ -275,8 +294,13 @@ def _directory(full: DictConfig, key: str) -> Path:
 
 
 def _thaw(node: DictConfig) -> None:
-    """Frozen in code, open while composing: OmegaConf makes the nodes of frozen dataclasses read-only."""
+    """Frozen in code, open while composing: OmegaConf makes the nodes of frozen dataclasses read-only.
+
+    A mapping takes any name, with or without + before it.
+    """
     OmegaConf.set_readonly(node, None)
+    if not is_dataclass(OmegaConf.get_type(node)):
+        OmegaConf.set_struct(node, False)
     for key in node:
         child = node._get_node(str(key))
         if isinstance(child, DictConfig):

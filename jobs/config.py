@@ -2,7 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+from jobs.batch_output import FORMAT as OPENAI_BATCH
+from jobs.chat_forms import check_template_kwargs
 from jobs.disk import DURABILITIES
 from nanovllm.config import (
     DEVICES,
@@ -17,13 +20,14 @@ from nanovllm.config import (
 from nanovllm.sampling_params import SamplingParams
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-OUTPUT_FORMATS = ("jsonl", "parquet")
+OUTPUT_FORMATS = ("jsonl", "parquet", OPENAI_BATCH)
 PROGRESS = ("auto", "on", "off")
 STANDARD_INPUT = "-"
 FREE_KEYS = (
     "resume",
     "log_level",
     "progress",
+    "watchdog_s",
     "device",
     "parallel",
     "kv",
@@ -50,6 +54,8 @@ class ReaderConfig:
     """A column's name, or a template such as "Translate: {text}"; null takes the row's own prompt."""
     system: str | None = None
     """A system message put before each row's messages."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}; a row's own win, key by key."""
     max_failures: int | None = None
     """End the run as failed when more rows than this are bad; null never does."""
 
@@ -60,6 +66,7 @@ class ReaderConfig:
             check_integer("reader.max_failures", self.max_failures, 0)
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError(f"reader.prompt={self.prompt!r}: must be a column's name or a template with {{column}}")
+        check_template_kwargs(f"reader.chat_template_kwargs={self.chat_template_kwargs}:", self.chat_template_kwargs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +74,7 @@ class WriterConfig:
     """How answers are written."""
 
     format: str = "jsonl"
-    """generations.jsonl or generations.parquet."""
+    """jsonl, parquet, or openai_batch: OpenAI Batch lines, for input of that form alone."""
     keep: list[str] = field(default_factory=list)
     """Input columns that are carried into the output."""
     durability: str = "power"
@@ -80,6 +87,8 @@ class WriterConfig:
             raise ValueError(f"writer.keep={self.keep}: must be a list of column names, none of them empty")
         if len(set(self.keep)) < len(self.keep):
             raise ValueError(f"writer.keep={self.keep}: must name each column once")
+        if self.keep and self.format == OPENAI_BATCH:
+            raise ValueError(f"writer.keep={self.keep}: writer.format={OPENAI_BATCH} has no place for columns")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +116,10 @@ class GenerateConfig:
     """The progress bar: auto shows it on a terminal."""
     resume: str | None = None
     """The directory of a run to go on with; its own configuration applies, and the further keys on top of it."""
+    dry_run: bool = False
+    """Check every row and say what the run would need, without running it."""
+    watchdog_s: float | None = None
+    """Seconds without progress after which a run is ended as failed; 0 never; null: 300 on a GPU, 3,600 on a CPU."""
     seed: int = 0
     """Seed of every row that has none of its own."""
     device: str = "auto"
@@ -126,7 +139,13 @@ class GenerateConfig:
         if self.log_level is not None and self.log_level.upper() not in LOG_LEVELS:
             raise ValueError(f"log_level={self.log_level}: must be one of {', '.join(LOG_LEVELS)}")
         check_choice("progress", self.progress, PROGRESS)
+        if self.watchdog_s is not None and not (math.isfinite(self.watchdog_s) and self.watchdog_s >= 0):
+            raise ValueError(f"watchdog_s={self.watchdog_s}: must be a number of seconds of at least 0, or null")
         check_integer("seed", self.seed, 0, 2**63 - 1)
+        if self.writer.format == OPENAI_BATCH and self.reader.prompt is not None:
+            raise ValueError(
+                f"writer.format={OPENAI_BATCH}: answers OpenAI Batch lines, which have no reader.prompt; leave one out"
+            )
         check_choice("device", self.device, DEVICES)
 
     @property

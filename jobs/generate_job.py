@@ -5,26 +5,33 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.command import EXIT_COMPLETE, EXIT_ROWS_FAILED, Command, Run
-from jobs.config import FREE_KEYS, GenerateConfig, to_llm_config
+from jobs.batch_output import BatchForm
+from jobs.command import EXIT_COMPLETE, EXIT_FAILED, EXIT_ROWS_FAILED, Command, Run, complain
+from jobs.config import FREE_KEYS, OPENAI_BATCH, GenerateConfig, to_llm_config
 from jobs.figures import Figures
 from jobs.file_hashes import FileHashes
 from jobs.generate_loop import GenerateLoop
 from jobs.input_paths import resolve_paths
 from jobs.journal import Journal, JournalError
-from jobs.manifest import Manifest
+from jobs.manifest import FAILED, Manifest
 from jobs.progress import Progress
+from jobs.progress_file import ProgressFile
 from jobs.reader import RowReader, check_input
+from jobs.ready_rows import ReadyRows, weight
 from jobs.record_tables import RecordTables
 from jobs.recorder import ParquetRecorder
 from jobs.results import Results, verified_counts
 from jobs.resume import Resuming
 from jobs.row_feed import RowFeed
+from jobs.run_dir import RUN_LOG
+from jobs.stop import StopRequest
 from jobs.summary import show, summary
 from jobs.usage import UsageError
+from jobs.watchdog import Watchdog
 from jobs.writer import check_keep
 from nanovllm.errors import ModelError, SettingError
 from nanovllm.models.checkpoint import check_checkpoint
@@ -41,6 +48,11 @@ SMALL_MODEL = 20_000_000
 """Weights below which one CPU thread is used: a second gains up to a half on an idle machine, but its barriers, one or
 two for each small operation, cost a factor of ten once another process wants a core (2 cores, 2026-11-23: 1,399 output
 tok/s against 908 when idle, 61 against 736 beside one busy process, on the embedded model)."""
+GPU_WATCHDOG_S = 300.0
+CPU_WATCHDOG_S = 3600.0
+"""A step of 8,192 prompt tokens of a model of 4 billion weights takes a quarter of an hour on two cores."""
+FEED_PATIENCE_S = 10.0
+"""For the rows that are being tokenised when a run ends early."""
 BUNDLED_PROMPTS = Path(__file__).parent / "data" / "tiny_prompts.jsonl"
 
 
@@ -51,7 +63,13 @@ def input_of(config: GenerateConfig) -> str:
 def check(config: GenerateConfig) -> None:
     """Looks at input and model as far as that goes in milliseconds and without torch."""
     check_keep(config.writer.keep)
-    check_input(input_of(config), prompt=config.reader.prompt, system=config.reader.system, keep=config.writer.keep)
+    check_input(
+        input_of(config),
+        prompt=config.reader.prompt,
+        system=config.reader.system,
+        keep=config.writer.keep,
+        batch_only=config.writer.format == OPENAI_BATCH,
+    )
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
     check_checkpoint(source)
     model = parse_config(source.config)
@@ -77,10 +95,18 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
     figures = Figures()
     with ExitStack() as stack:
         results = stack.enter_context(
-            Results(run.directory, config.writer.format, config.writer.keep, power=power, resumed=resumed)
+            Results(
+                run.directory,
+                config.writer.format,
+                config.writer.keep,
+                batch=_batch_form(config, run),
+                power=power,
+                resumed=resumed,
+            )
         )
         results.check_against(run.manifest.get("counts"))
-        rows = RowFeed(results.missing(reader), capacity=config.engine.max_num_seqs)
+        rows = RowFeed(results.missing(reader), config.engine.max_num_seqs, weight=lambda row: row.weight)
+        stack.callback(rows.close)
         rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
         hashes = FileHashes(source, reader.paths, known=run.manifest.get("fingerprint"))
         run.manifest.record(fingerprint=hashes.fingerprint())
@@ -89,26 +115,39 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         assembly = (assemble or _assemble)(config, run, figures, source)
         stack.callback(_note_numbers, assembly.engine, run)
         _check_dtype(run, assembly)
+        stack.callback(assembly.intake.close)
+        ready_rows = ReadyRows(rows, assembly.intake, config.sampling)
+        ready = RowFeed(ready_rows, config.engine.max_num_seqs, weight)
+        stack.callback(_end_feeds, rows, ready)
         stages = [results.generations, results.failures]
         tables = _record_tables(config, run, power)
         journal = Journal([*tables, *stages], flush_s=config.recorder.flush_s)
         stack.enter_context(closing(journal))
         assembly.engine.recorders += [ParquetRecorder(journal, table) for table in tables]
-        run.manifest.record(device=assembly.device, engine=assembly.facts())
+        run.manifest.record(
+            device=assembly.device,
+            engine=assembly.facts(),
+            chat_template={"sha256": assembly.intake.chat_template_sha256},
+        )
+        num_rows, num_done = reader.count(), results.num_done
+        watchdog = _watchdog(config, run, assembly)
         loop = GenerateLoop(
             assembly,
-            rows,
+            ready,
             journal,
             results.generations,
             results.failures,
-            Progress(config.progress, reader.count()),
+            figures,
+            Progress(config.progress, num_rows, rows_before=num_done, file=ProgressFile(run.directory)),
+            watchdog,
             source=", ".join(reader.paths),
+            num_rows=None if num_rows is None else num_rows - num_done,
+            input_is_awaited=lambda: not ready_rows.busy,
             in_step=all(Path(path).is_file() for path in reader.paths),
-            sampling=config.sampling,
             max_failures=config.reader.max_failures,
         )
         try:
-            with run.phase("generate"), run.stop.deferred():
+            with run.phase("generate"), run.stop.deferred(), watchdog:
                 loop.run(run.stop, lambda: _note_hashes(hashes, run))
         except BaseException as error:
             _break_off(error, journal, results, run, lambda: _so_far(hashes, reader, loop, figures))
@@ -126,6 +165,27 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
     answers = BUNDLED_PROMPTS if config.input is None else None
     show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
     return EXIT_ROWS_FAILED if results.failures.num_flushed else EXIT_COMPLETE
+
+
+def rehearse(config: GenerateConfig, stop: StopRequest) -> int:
+    """dry_run=true: the run's exit code, as far as rows decide it, and on standard output what the run would need."""
+    from jobs import dry_run
+
+    source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
+    cache = dry_run.planned_cache(config, parse_config(source.config))
+    rows = RowFeed(_reader(config), config.engine.max_num_seqs, weight=lambda row: row.weight)
+    survey = dry_run.Survey()
+    with ExitStack() as stack:
+        stack.callback(rows.close)
+        rows.wait_for_first(stop)
+        intake = dry_run.intake_without_model(config, source, cache)
+        stack.callback(intake.close)
+        survey.take(ReadyRows(rows, intake, config.sampling))
+    show(dry_run.report(config, source, survey, cache))
+    if config.reader.max_failures is not None and survey.num_failed > config.reader.max_failures:
+        complain(f"the run would fail: more than reader.max_failures={config.reader.max_failures} rows are bad")
+        return EXIT_FAILED
+    return EXIT_ROWS_FAILED if survey.num_failed else EXIT_COMPLETE
 
 
 def fingerprint(config: GenerateConfig) -> dict[str, Any]:
@@ -152,7 +212,34 @@ def _reader(config: GenerateConfig) -> RowReader:
         prompt=config.reader.prompt,
         system=config.reader.system,
         keep=config.writer.keep,
+        chat_template_kwargs=config.reader.chat_template_kwargs,
+        batch_only=config.writer.format == OPENAI_BATCH,
     )
+
+
+def _batch_form(config: GenerateConfig, run: Run) -> BatchForm | None:
+    if config.writer.format != OPENAI_BATCH:
+        return None
+    began = datetime.fromisoformat(run.manifest["attempts"][0]["started"])
+    return BatchForm(config.model.path, int(began.timestamp()))
+
+
+def _watchdog(config: GenerateConfig, run: Run, assembly: "Assembly") -> Watchdog:
+    limit_s = config.watchdog_s
+    if limit_s is None:
+        limit_s = CPU_WATCHDOG_S if assembly.device == "cpu" else GPU_WATCHDOG_S
+    return Watchdog(
+        limit_s,
+        run.directory / RUN_LOG,
+        assembly.engine.describe,
+        lambda reason: run.manifest.finish(FAILED, EXIT_FAILED, reason),
+    )
+
+
+def _end_feeds(rows: RowFeed, ready: RowFeed) -> None:
+    """The process that tokenises can be ended once nobody uses it."""
+    rows.close()
+    ready.close(patience_s=FEED_PATIENCE_S)
 
 
 def _so_far(hashes: FileHashes, reader: RowReader, loop: GenerateLoop, figures: Figures) -> dict[str, object]:
@@ -235,5 +322,6 @@ COMMAND = Command(
     schema=GenerateConfig,
     check=check,
     run=run,
+    rehearse=rehearse,
     resuming=Resuming(fingerprint=fingerprint, settled=settled, free_keys=FREE_KEYS),
 )

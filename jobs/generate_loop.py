@@ -3,17 +3,20 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from jobs.figures import Figures
 from jobs.journal import VALUE_BYTES, Journal
-from jobs.progress import Progress
+from jobs.outlook import Outlook, running_lengths
+from jobs.progress import Pace, Progress
 from jobs.ration import take_rows
+from jobs.ready_rows import ReadyRow
 from jobs.row_feed import RowFeed
-from jobs.rows import BadRow, InputRow
+from jobs.rows import BadRow
 from jobs.stop import StopRequest
+from jobs.watchdog import Watchdog
 from jobs.writer import FailureWriter, Generation, GenerationWriter
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.errors import PromptError
 from nanovllm.quiet_gc import collector_kept_out
-from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.assembly import Assembly
@@ -34,20 +37,24 @@ class GenerateLoop:
     def __init__(
         self,
         assembly: "Assembly",
-        rows: RowFeed,
+        rows: RowFeed[ReadyRow | BadRow],
         journal: Journal,
         generations: GenerationWriter,
         failures: FailureWriter,
+        figures: Figures,
         progress: Progress,
+        watchdog: Watchdog,
         *,
         source: str,
+        num_rows: int | None,
         in_step: bool,
-        sampling: SamplingParams,
+        input_is_awaited: Callable[[], bool],
         max_failures: int | None,
     ) -> None:
         """`generations` and `failures` are stages of the journal, behind the records.
 
-        `source` names the input in the log; `sampling` is the job's, a row's own wins over it, key by key.
+        `source` names the input in the log; `num_rows` of it are still to be read, null where nobody knows.
+        `input_is_awaited`: whether there is no row because the input gives none, rather than for lack of work on it.
 
         `in_step`: the next row is always waited for, so that the same input gives the same schedule. Without it (an
         input that may pause, such as a pipe) what runs goes on while no row comes.
@@ -60,11 +67,15 @@ class GenerateLoop:
         self._journal = journal
         self._generations = generations
         self._failures = failures
+        self._figures = figures
         self._progress = progress
-        self._sampling = sampling
+        self._watchdog = watchdog
+        self._num_rows = num_rows
+        self._input_is_awaited = input_is_awaited
+        self._outlook = Outlook(assembly.engine.scheduler.max_model_len)
+        self._num_taken = 0
         self._max_failures = max_failures
-        self._running: dict[int, InputRow] = {}
-        self._num_output_tokens = 0
+        self._running: dict[int, ReadyRow] = {}
         self._num_failed = failures.num_flushed
         """Those that are not acknowledged yet included."""
 
@@ -77,6 +88,7 @@ class GenerateLoop:
                 while self._feed(stop) or self._engine.has_work():
                     for output in self._engine.step():
                         self._finish(output)
+                    self._watchdog.beats += 1
                     self._show_progress()
                     stop.check()
                     between_steps()
@@ -94,9 +106,26 @@ class GenerateLoop:
     def _show_progress(self) -> None:
         self._progress.update(
             self._generations.num_flushed + self._failures.num_flushed,
-            self._num_output_tokens,
+            self._figures.num_sampled_tokens,
             self._failures.num_flushed,
+            self._figures.num_steps,
+            self._seconds_left,
         )
+
+    def _seconds_left(self, pace: Pace) -> float | None:
+        if self._num_rows is None:
+            return None
+        not_begun = max(0, self._num_rows - self._num_taken) + self._engine.num_waiting
+        lengths = running_lengths(self._engine)
+        return self._outlook.seconds_left(
+            not_begun, lengths, tokens_per_s=pace.tokens_per_s, steps_per_s=pace.steps_per_s
+        )
+
+    def _while_waiting(self) -> None:
+        """A pipe may be silent for hours; that is no hang."""
+        if self._input_is_awaited():
+            self._watchdog.beats += 1
+        self._show_progress()
 
     def counts(self) -> dict[str, object]:
         """Acknowledged rows of all attempts: all of them, answered, failed, and these by code, the commonest first."""
@@ -119,9 +148,10 @@ class GenerateLoop:
         """Take rows in; whether there may be more."""
 
         def take() -> int | None:
-            row = self._rows.take(self._in_step or not self._engine.has_work(), stop)
+            row = self._rows.take(self._in_step or not self._engine.has_work(), stop, self._while_waiting)
             if row is None:
                 return None
+            self._num_taken += 1
             if isinstance(row, BadRow):
                 self._fail(row)
                 return 0
@@ -130,28 +160,15 @@ class GenerateLoop:
         take_rows(self._engine, take)
         return not self._rows.ended
 
-    def _take(self, row: InputRow) -> int:
+    def _take(self, row: ReadyRow) -> int:
         """Tokens of the row's prompt."""
-        sampling = row.sampling.over(self._sampling) if row.sampling else self._sampling
-        try:
-            request = self._intake.request(
-                prompt=row.prompt,
-                messages=row.messages,
-                prompt_token_ids=row.prompt_token_ids,
-                sampling=sampling,
-                row=row.row,
-                request_id=str(row.id),
-            )
-        except PromptError as error:
-            self._fail(row.failed(error))
-            return 0
-        self._intake.add(request)
+        self._intake.add(row.request)
         self._running[row.row] = row
-        return len(request.token_ids)
+        return len(row.request.token_ids)
 
     def _finish(self, output: SequenceOutput) -> None:
         row = self._running.pop(output.row)
-        self._num_output_tokens += len(output.token_ids)
+        self._outlook.finished(len(output.token_ids))
         if output.finish_reason == "error":
             reason = f"the model's logits were not finite after {len(output.token_ids)} output tokens"
             self._fail(row.failed(PromptError("logits_not_finite", reason)))
@@ -166,6 +183,7 @@ class GenerateLoop:
                 finish_reason=output.finish_reason,
                 num_prompt_tokens=output.num_prompt_tokens,
                 columns=row.columns,
+                url=row.url,
             )
         )
         self._journal.append(self._generations, line, 1 + len(line.line) // VALUE_BYTES)

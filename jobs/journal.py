@@ -11,8 +11,8 @@ from jobs import disk
 
 FLUSH_S = 5.0
 # Bounds on what waits count values: a sequence of a step, a token of a prompt; some 30 bytes each at most.
-MAX_PENDING = 2**21
-"""Values that wait for the thread before the step loop waits too: up to 60 MB."""
+MAX_PENDING = 2**20
+"""Values that wait for the thread before the step loop waits too: up to 30 MB, some ten seconds of a fast GPU's."""
 WAKE_AT = 2**16
 """Values that are worth a turn of the thread: about 160 decode steps of 256 sequences."""
 VALUE_BYTES = 30
@@ -21,7 +21,7 @@ ITEMS_AT_ONCE = 64
 """Items that are taken over in one go."""
 PAUSE_S = 0.0005
 """Between two goes, so that the step loop gets the interpreter at once and not after its switch interval."""
-MAX_UNWRITTEN_BYTES = 2**25
+MAX_UNWRITTEN_BYTES = 2**24
 """Taken over and not yet on disk; beyond this everything is flushed early."""
 
 

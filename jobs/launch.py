@@ -29,6 +29,7 @@ from jobs.command import (
     check,
     complain,
     facts,
+    is_dry_run,
     prepare,
 )
 from jobs.command_line import CommandLine
@@ -118,6 +119,8 @@ def _resumed_run(command: Command[ConfigT], source: ConfigSource[ConfigT], line:
 
 def _run_one(command: Command[ConfigT], source: ConfigSource[ConfigT], line: CommandLine, stop: StopRequest) -> int:
     composition = prepare(command, source, line.overrides)
+    if command.rehearse is not None and is_dry_run(composition.config):
+        return _rehearse(command.rehearse, composition.config, stop)
     masker = Masker(os.environ)
     clock = Clock()
     first_facts = facts(command.module, line.words, line.overrides, masker.resolved(composition.tree), masker)
@@ -134,6 +137,13 @@ def _run_one(command: Command[ConfigT], source: ConfigSource[ConfigT], line: Com
         return _until_its_end(command, composition, run, directory, masker)
     finally:
         lock.release()
+
+
+def _rehearse(rehearse: Callable[[ConfigT, StopRequest], int], config: ConfigT, stop: StopRequest) -> int:
+    try:
+        return rehearse(config, stop)
+    except (ModelError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _begin(path: Path, clock: Clock, first_facts: dict[str, object]) -> tuple[RunLock, Manifest]:
@@ -179,6 +189,8 @@ def _next_attempt(
     if source.extra_dir is None:
         source = replace(source, extra_dir=earlier.extra_dir())
     composition = compose_config(source, earlier.overrides(source, line.overrides))
+    if is_dry_run(composition.config):
+        raise UsageError(f"dry_run=true: has no effect with resume={earlier.path}, whose rows have been checked")
     config = masker.resolved(composition.tree)
     earlier.check_config(config, resuming.free_keys)
     code = resuming.settled(earlier.path, earlier.manifest)

@@ -6,22 +6,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from dataclasses import dataclass
+from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
+
+from jobs.progress_file import ProgressFile
 
 MODES = ("auto", "on", "off")
 LINE_INTERVAL_S = 30.0
 """Between two lines where there is no terminal."""
+INTERVAL_S = 1.0
+"""Between two estimates of the time left, and two versions of the file."""
 RATE_WINDOW_S = 30.0
 """The rates shown are those of the latest seconds, as many as these."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Of the latest seconds."""
+
+    rows_per_s: float
+    tokens_per_s: float
+    steps_per_s: float
+
+
 class Progress:
-    """Rows done, output tokens a second, time left and failures, on standard error.
+    """Rows done, output tokens a second, time left and failures, on standard error and in `file`.
 
     `auto` draws a bar on a terminal and elsewhere writes one line every 30 s, `on` draws the bar wherever it goes,
-    `off` writes nothing. Both end with a last state when closed.
+    `off` writes nothing. Both end with a last state when closed. The file is written whatever the mode, once a second
+    and at the end.
 
     Log lines that go to the same terminal must be written to `log_stream`, which takes the bar away and puts it back;
     without a bar it hands everything on.
@@ -35,35 +50,91 @@ class Progress:
         mode: str = "auto",
         total_rows: int | None = None,
         *,
+        rows_before: int = 0,
+        file: ProgressFile | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`rows_before` were done by earlier attempts."""
         if mode not in MODES:
             raise ValueError(f"progress={mode}: must be one of {', '.join(MODES)}")
         stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._rates = _Rates(clock())
+        self._rates = _Rates(clock(), rows_before)
+        self._total_rows = total_rows
+        self._file = file
+        self._state = _State(rows_before, 0, 0, 0, None)
+        self._due_s = clock() + INTERVAL_S
         self._display = _display(mode, total_rows, stream, clock())
         self.log_stream = LogStream(stream, self._display if isinstance(self._display, _Bar) else None)
         """For the handler of the text log: logging.StreamHandler(progress.log_stream)."""
 
-    def update(self, rows_done: int, output_tokens: int, failures: int) -> None:
-        """The state now, counted from the start of the job; rows done are answered and failed ones."""
-        self._rates.add(self._clock(), rows_done, output_tokens)
-        self._show(self._display.show, rows_done, output_tokens, failures)
+    def update(
+        self,
+        rows_done: int,
+        output_tokens: int,
+        failures: int,
+        steps: int = 0,
+        seconds_left: Callable[[Pace], float | None] = lambda pace: None,
+    ) -> None:
+        """The state now: rows done (answered and failed) of all attempts, the rest counted from this one's start.
+
+        `seconds_left` is asked once a second at most.
+        """
+        now_s = self._clock()
+        self._rates.add(now_s, rows_done, output_tokens, steps)
+        left_s = self._state.seconds_left
+        if is_due := now_s >= self._due_s:
+            self._due_s = now_s + INTERVAL_S
+            left_s = seconds_left(self._rates.pace())
+        self._state = _State(rows_done, output_tokens, failures, steps, left_s)
+        if is_due:
+            self._write("running")
+        self._show(self._display.show)
 
     def close(self) -> None:
         """Shows the last state and leaves it there. A second call does nothing."""
         self._show(self._display.close)
         self._display = _Silence()
+        is_complete = self._state.rows_done == self._total_rows
+        self._state = self._state._replace(seconds_left=0.0 if is_complete else None)
+        self._write("ended")
+        self._file = None
 
-    def _show(self, action: Callable[..., None], *counts: int) -> None:
+    def _show(self, action: "Callable[[_Rates, _State], None]") -> None:
         try:
-            action(self._rates, *counts)
+            action(self._rates, self._state)
         except (OSError, ValueError):  # a closed file is a ValueError
             self.log_stream.detach()
             self._display.abandon()
             self._display = _Silence()
+
+    def _write(self, status: str) -> None:
+        if self._file is None:
+            return
+        state, pace = self._state, self._rates.pace()
+        self._file.write(
+            {
+                "status": status,
+                "rows_total": self._total_rows,
+                "rows_done": state.rows_done,
+                "rows_failed": state.failures,
+                "output_tokens": state.output_tokens,
+                "steps": state.steps,
+                "rows_per_s": round(pace.rows_per_s, 3),
+                "output_tokens_per_s": round(pace.tokens_per_s, 3),
+                "elapsed_s": round(self._rates.now_s - self._rates.start_s, 3),
+                "seconds_left": None if state.seconds_left is None else round(state.seconds_left, 1),
+            }
+        )
+
+
+class _State(NamedTuple):
+    rows_done: int
+    output_tokens: int
+    failures: int
+    steps: int
+    seconds_left: float | None
 
 
 class LogStream:
@@ -91,24 +162,24 @@ class LogStream:
 
 
 class _Rates:
-    """Rows and output tokens a second over the latest RATE_WINDOW_S."""
+    """Rows, output tokens and steps a second over the latest RATE_WINDOW_S."""
 
-    def __init__(self, start_s: float) -> None:
+    def __init__(self, start_s: float, rows: int) -> None:
         self.start_s = start_s
         self.now_s = start_s
-        self._marks: deque[tuple[float, int, int]] = deque([(start_s, 0, 0)])
+        self._marks: deque[tuple[float, int, int, int]] = deque([(start_s, rows, 0, 0)])
 
-    def add(self, now_s: float, rows: int, tokens: int) -> None:
+    def add(self, now_s: float, rows: int, tokens: int, steps: int) -> None:
         self.now_s = now_s
         marks = self._marks
         if len(marks) > 1 and now_s - marks[-2][0] < 1.0:
             marks.pop()
-        marks.append((now_s, rows, tokens))
+        marks.append((now_s, rows, tokens, steps))
         while len(marks) > 2 and now_s - marks[1][0] >= RATE_WINDOW_S:
             marks.popleft()
 
-    def rows_per_s(self) -> float:
-        return self._per_s(1)
+    def pace(self) -> Pace:
+        return Pace(self._per_s(1), self._per_s(2), self._per_s(3))
 
     def tokens_per_s(self) -> float:
         return self._per_s(2)
@@ -120,9 +191,9 @@ class _Rates:
 
 
 class _Silence:
-    def show(self, rates: _Rates, rows_done: int, output_tokens: int, failures: int) -> None: ...
+    def show(self, rates: _Rates, state: _State) -> None: ...
 
-    def close(self, rates: _Rates) -> None: ...
+    def close(self, rates: _Rates, state: _State) -> None: ...
 
     def abandon(self) -> None: ...
 
@@ -134,23 +205,17 @@ class _Lines:
         self._stream = stream
         self._total_rows = total_rows
         self._shown_s = start_s
-        self._counts = (0, 0, 0)
 
-    def show(self, rates: _Rates, rows_done: int, output_tokens: int, failures: int) -> None:
-        self._counts = (rows_done, output_tokens, failures)
+    def show(self, rates: _Rates, state: _State) -> None:
         if rates.now_s - self._shown_s < LINE_INTERVAL_S:
             return
         self._shown_s = rates.now_s
-        parts = [self._rows(rows_done), _tokens_per_s(rates)]
-        if self._total_rows is not None and rates.rows_per_s() > 0:
-            left_s = max(self._total_rows - rows_done, 0) / rates.rows_per_s()
-            parts.append(f"about {tqdm.format_interval(left_s)} left")
-        self._write(parts, failures)
+        self._write([self._rows(state.rows_done), *_facts(rates, state)])
 
-    def close(self, rates: _Rates) -> None:
-        rows_done, output_tokens, failures = self._counts
+    def close(self, rates: _Rates, state: _State) -> None:
         elapsed = tqdm.format_interval(rates.now_s - rates.start_s)
-        self._write([self._rows(rows_done), f"{output_tokens} output tokens in {elapsed}"], failures)
+        tokens = f"{state.output_tokens} output tokens in {elapsed}"
+        self._write([self._rows(state.rows_done), tokens, *_failed(state.failures)])
 
     def abandon(self) -> None:
         """There is nothing to write to any more."""
@@ -158,8 +223,8 @@ class _Lines:
     def _rows(self, rows_done: int) -> str:
         return f"{rows_done} rows" if self._total_rows is None else f"{rows_done}/{self._total_rows} rows"
 
-    def _write(self, parts: list[str], failures: int) -> None:
-        self._stream.write(f"progress: {', '.join([*parts, *_failed(failures)])}\n")
+    def _write(self, parts: list[str]) -> None:
+        self._stream.write(f"progress: {', '.join(parts)}\n")
         self._stream.flush()
 
 
@@ -175,20 +240,19 @@ class _Bar:
 
     def __init__(self, stream: TextIO, total_rows: int | None) -> None:
         counts = "{n_fmt} rows" if total_rows is None else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows"
-        left = "" if total_rows is None else "<{remaining}"
         self._bar = _TerminalBar(
             total=total_rows,
             file=stream,
             dynamic_ncols=True,
             miniters=0,
-            bar_format=f"{counts} [{{elapsed}}{left}{{postfix}}]",
+            bar_format=f"{counts} [{{elapsed}}{{postfix}}]",
         )
 
-    def show(self, rates: _Rates, rows_done: int, output_tokens: int, failures: int) -> None:
-        self._bar.set_postfix_str(", ".join([_tokens_per_s(rates), *_failed(failures)]), refresh=False)
-        self._bar.update(rows_done - self._bar.n)
+    def show(self, rates: _Rates, state: _State) -> None:
+        self._bar.set_postfix_str(", ".join(_facts(rates, state)), refresh=False)
+        self._bar.update(state.rows_done - self._bar.n)
 
-    def close(self, rates: _Rates) -> None:
+    def close(self, rates: _Rates, state: _State) -> None:
         self._bar.close()
 
     def abandon(self) -> None:
@@ -215,8 +279,10 @@ def _display(mode: str, total_rows: int | None, stream: TextIO | None, start_s: 
     return _Lines(stream, total_rows, start_s)
 
 
-def _tokens_per_s(rates: _Rates) -> str:
-    return f"{rates.tokens_per_s():.0f} output tok/s"
+def _facts(rates: _Rates, state: _State) -> list[str]:
+    left_s = state.seconds_left
+    left = [] if left_s is None else [f"about {tqdm.format_interval(round(left_s))} left"]
+    return [f"{rates.tokens_per_s():.0f} output tok/s", *left, *_failed(state.failures)]
 
 
 def _failed(failures: int) -> list[str]:

@@ -1,11 +1,11 @@
-"""The forms that a row's prompt may have: text, messages, token ids."""
+"""The forms that a row's prompt may have: text or token ids; for messages see chat_forms."""
 
+from jobs.field_limits import MAX_PROMPT_TOKENS, check_count, check_length
 from jobs.json_words import kind, shown
 from jobs.refusal import BadRowCode, refuse
 
 PROMPT_FORMS = ("prompt", "messages", "prompt_token_ids")
 """The columns that each make a row's prompt; an OpenAI Batch line is the fourth form."""
-ROLES = ("system", "user", "assistant", "tool")
 MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -15,32 +15,8 @@ def as_prompt(value: object) -> str:
         refuse(BadRowCode.BAD_PROMPT, f"prompt is {kind(value)}, must be a string")
     if not value:
         refuse(BadRowCode.EMPTY_PROMPT, "prompt is an empty string")
+    check_length("prompt", value)
     return value
-
-
-def as_messages(value: object) -> list[dict[str, str]]:
-    """Messages of {role, content}, at least one; raises PromptError."""
-    if not isinstance(value, list):
-        refuse(BadRowCode.BAD_MESSAGES, f"messages is {kind(value)}, must be a list of {{role, content}}")
-    if not value:
-        refuse(BadRowCode.EMPTY_PROMPT, "messages is an empty list")
-    return [_message(index, message) for index, message in enumerate(value)]
-
-
-def _message(index: int, message: object) -> dict[str, str]:
-    if not isinstance(message, dict):
-        refuse(BadRowCode.BAD_MESSAGES, f"messages[{index}] is {kind(message)}, must be {{role, content}}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        refuse(BadRowCode.BAD_MESSAGES, f"messages[{index}].role is {shown(role)}, must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        refuse(BadRowCode.BAD_MESSAGES, f"messages[{index}].content is {kind(content)}, must be a string")
-    for key, extra in message.items():
-        if extra is not None and key not in ("role", "content"):
-            refuse(
-                BadRowCode.BAD_MESSAGES, f"messages[{index}] has key {shown(key)}; only role and content are supported"
-            )
-    return {"role": role, "content": content}
 
 
 def as_token_ids(value: object) -> list[int]:
@@ -49,6 +25,7 @@ def as_token_ids(value: object) -> list[int]:
         refuse(BadRowCode.BAD_TOKEN_IDS, f"prompt_token_ids is {kind(value)}, must be a list of integers")
     if not value:
         refuse(BadRowCode.EMPTY_PROMPT, "prompt_token_ids is an empty list")
+    check_count("prompt_token_ids", len(value), MAX_PROMPT_TOKENS)
     if set(map(type, value)) != {int} or min(value) < 0 or max(value) > MAX_TOKEN_ID:
         index, wrong = _first_wrong_token_id(value)
         refuse(

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,10 @@ PACKAGES = (
 )
 GIT_TIMEOUT_S = 10
 
+_CPU_INFO, _GPU_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
+_MODEL_NAME = re.compile(r"^model name\s*: (.+)$", re.MULTILINE)
+_DRIVER_VERSION = re.compile(r"^NVRM version:.*?\s(\d+\.[\d.]+)\s", re.MULTILINE)
+
 
 def versions() -> dict[str, str | None]:
     """Version of each package that can change a result; null where it is not installed."""
@@ -35,8 +40,11 @@ def versions() -> dict[str, str | None]:
 
 def machine() -> dict[str, Any]:
     return {
+        "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "processor": _first_match(_CPU_INFO, _MODEL_NAME),
+        "gpu_driver": _first_match(_GPU_DRIVER, _DRIVER_VERSION),
         "cpu_count": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
@@ -50,6 +58,15 @@ def git(root: Path) -> dict[str, Any] | None:
     if status is None:
         return None
     return {"commit": _git(root, "rev-parse", "--verify", "HEAD"), "dirty": bool(status)}
+
+
+def _first_match(file: Path, pattern: re.Pattern[str]) -> str | None:
+    """None where there is no such file, as without a GPU, or it says something else."""
+    try:
+        found = pattern.search(file.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def _version(name: str) -> str | None:

@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -62,11 +62,19 @@ class RowReader:
         prompt: str | None = None,
         system: str | None = None,
         keep: Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        batch_only: bool = False,
         stdin: ByteStream | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise ValueError(f"reader.limit={limit}: must be an integer of at least 1")
-        self._parser = RowParser(prompt=prompt, system=system, keep=keep)
+        self._parser = RowParser(
+            prompt=prompt,
+            system=system,
+            keep=keep,
+            chat_template_kwargs=chat_template_kwargs,
+            batch_only=batch_only,
+        )
         self._paths = resolve_paths(source)
         self._limit = limit
         self._keep = tuple(keep)
@@ -157,6 +165,11 @@ class RowReader:
                 f"reader.system: {printable(path)} has rows without messages, which take no system message; "
                 "leave reader.system out or write the rows as messages"
             )
+        if first and all(isinstance(r, BadRow) and r.code == BadRowCode.NOT_BATCH_LINE for r in first):
+            raise InputError(
+                f"writer.format=openai_batch: {printable(path)} has rows that are no OpenAI Batch lines (custom_id and "
+                "body), whose answers have no such form; use writer.format=jsonl"
+            )
 
     # Parquet
 
@@ -203,6 +216,7 @@ def check_input(
     prompt: str | None = None,
     system: str | None = None,
     keep: Sequence[str] = (),
+    batch_only: bool = False,
     stdin: ByteStream | None = None,
 ) -> None:
     """Raises InputError for an input that cannot be read, before anything else has been made for the run.
@@ -213,7 +227,7 @@ def check_input(
     writer.keep need. Standard input and other pipes are not read: RowReader raises the same errors when it reads them.
     Settings that contradict each other raise ValueError.
     """
-    RowReader(source, prompt=prompt, system=system, keep=keep, stdin=stdin).check()
+    RowReader(source, prompt=prompt, system=system, keep=keep, batch_only=batch_only, stdin=stdin).check()
 
 
 def _standard_input(stdin: ByteStream | None) -> ByteStream:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from jobs import disk
+from jobs.batch_output import BatchForm
 from jobs.manifest import Manifest
 from jobs.row_log import RowLogError
 from jobs.rows import BadRow, InputRow
@@ -38,11 +39,13 @@ class Results:
         format: str = "jsonl",
         keep: Sequence[str] = (),
         *,
+        batch: BatchForm | None = None,
         power: bool = True,
         resumed: bool = False,
     ) -> None:
         """RowLogError where an earlier attempt's logs contradict themselves or each other."""
-        self.generations = GenerationWriter(directory, format, keep, power=power, resumed=resumed)
+        self.generations = GenerationWriter(directory, format, keep, batch=batch, power=power, resumed=resumed)
+        self._batch = batch
         self.failures = FailureWriter(directory, power=power, resumed=resumed)
         answered, failed = np.unique(self.generations.log.rows), np.unique(self.failures.log.rows)
         both = np.intersect1d(answered, failed, assume_unique=True)
@@ -59,6 +62,11 @@ class Results:
     ) -> None:
         self.generations.close()
         self.failures.close()
+
+    @property
+    def num_done(self) -> int:
+        """Rows that earlier attempts have done."""
+        return len(self._done)
 
     def facts(self) -> dict[str, int]:
         """What an attempt begins with."""
@@ -92,8 +100,9 @@ class Results:
     def finish(self, num_rows: int) -> list[OutputFile]:
         """Writes the final files of an input of `num_rows` rows; ResultsError unless each has one result."""
         self._check_every_row_has_one(num_rows)
+        errors = [] if self._batch is None else [self.failures.finish_batch(self._batch)]
         failures = self.failures.finish()
-        return [self.generations.finish(), failures]
+        return [self.generations.finish(), failures, *errors]
 
     def _check_every_row_has_one(self, num_rows: int) -> None:
         results = np.zeros(num_rows, np.int8)  # 1 MB a million

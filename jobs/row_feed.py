@@ -1,77 +1,128 @@
-"""Rows read ahead by a thread, so that a slow input never holds up the step loop or a signal."""
+"""Rows got ready ahead by a thread, so that a slow source never holds up the step loop or a signal."""
 
-import queue
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
-from jobs.rows import BadRow, InputRow
 from jobs.stop import StopRequest
 
 POLL_S = 0.1
 """How often a wait for the next row looks for a signal."""
+MAX_WEIGHT = 64 * 1024**2
+"""Of the rows that wait to be taken, as `weight` counts it: few rows of the largest size, however many may wait."""
+
+RowT = TypeVar("RowT")
 
 
-class RowFeed:
-    """The rows of an input, at most `capacity` of them read ahead.
+class RowFeed(Generic[RowT]):
+    """The rows of a source in its order, at most `capacity` of them got ready ahead.
 
-    What the reading raises is raised by `take`, in its place among the rows. The thread does not keep the process
-    alive: a pipe that never ends cannot either.
+    What the source raises is raised by `take`, in its place among the rows. The thread does not keep the process
+    alive: a pipe that never ends cannot either. Feeds may follow one another: the source of the second takes from the
+    first, with `take_many`.
     """
 
-    def __init__(self, rows: Iterable[InputRow | BadRow], capacity: int) -> None:
-        self._queue: queue.Queue[InputRow | BadRow | _End] = queue.Queue(capacity)
-        self._next: InputRow | BadRow | _End | None = None
+    def __init__(self, rows: Iterable[RowT], capacity: int, weight: Callable[[RowT], int] = lambda row: 0) -> None:
+        """`weight` of a row is about its size in bytes."""
+        self._capacity = capacity
+        self._weight_of = weight
+        self._ready: deque[tuple[RowT, int]] = deque()
+        self._weight = 0
+        self._changed = threading.Condition()
+        self._source_ended = False
+        self._error: BaseException | None = None
+        self._closed = False
+        self._ended = False
         self._thread = threading.Thread(target=self._read, args=(rows,), name="row-feed", daemon=True)
         self._thread.start()
 
     @property
     def ended(self) -> bool:
         """Whether every row has been taken, and `take` has said so."""
-        return isinstance(self._next, _End)
+        return self._ended
 
     def wait_for_first(self, stop: StopRequest) -> None:
-        """Until the first row is there, or it is known that there is none; raises what the reading raised."""
-        while self._next is None:
-            stop.check()
-            self._fetch(POLL_S)
-        if isinstance(self._next, _End):
-            self._next.raise_error()
+        """Until the first row is there, or it is known that there is none; raises what the source raised."""
+        with self._changed:
+            while not self._ready and not self._source_ended:
+                stop.check()
+                self._changed.wait(POLL_S)
+            if not self._ready:
+                self._end()
 
-    def take(self, wait: bool, stop: StopRequest) -> InputRow | BadRow | None:
-        """The next row; None at the end, or, without `wait`, when none has been read yet."""
-        while self._next is None:
-            if not self._fetch(POLL_S if wait else 0.0):
+    def take(self, wait: bool, stop: StopRequest, waiting: Callable[[], None] = lambda: None) -> RowT | None:
+        """The next row; None at the end, or, without `wait`, when none is ready.
+
+        `waiting` is called again and again while there is none.
+        """
+        with self._changed:
+            while not self._ready:
+                if self._source_ended:
+                    self._end()
+                    return None
                 if not wait:
                     return None
                 stop.check()
-        if isinstance(self._next, _End):
-            self._next.raise_error()
-            return None
-        row, self._next = self._next, None
+                waiting()
+                self._changed.wait(POLL_S)
+            return self._pop()
+
+    def take_many(self, most: int) -> list[RowT]:
+        """As many rows as are ready, at least one, at most `most`; none at the end. For another feed's thread."""
+        with self._changed:
+            while not self._ready and not self._source_ended:
+                self._changed.wait()
+            if not self._ready:
+                self._end()
+            return [self._pop() for _ in range(min(most, len(self._ready)))]
+
+    def close(self, patience_s: float = 0.0) -> None:
+        """Takes nothing more from the source, and waits so long for the thread to be done with it.
+
+        A thread that waits for a pipe is left behind; it ends with the process.
+        """
+        with self._changed:
+            self._closed = self._source_ended = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join(patience_s)
+
+    def _pop(self) -> RowT:
+        row, weight = self._ready.popleft()
+        self._weight -= weight
+        self._changed.notify_all()
         return row
 
-    def _fetch(self, timeout: float) -> bool:
-        try:
-            self._next = self._queue.get(timeout > 0, timeout or None)
-        except queue.Empty:
-            return False
-        return True
-
-    def _read(self, rows: Iterable[InputRow | BadRow]) -> None:
-        try:
-            for row in rows:
-                self._queue.put(row)
-            self._queue.put(_End(None))
-        except BaseException as error:  # raised again in the step loop
-            self._queue.put(_End(error))
-
-
-class _End:
-    """Behind the last row."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self._error = error
-
-    def raise_error(self) -> None:
+    def _end(self) -> None:
         if self._error is not None:
             raise self._error
+        self._ended = True
+
+    def _read(self, rows: Iterable[RowT]) -> None:
+        error = None
+        try:
+            for row in rows:
+                if not self._put(row):
+                    break
+        except BaseException as caught:  # raised again where the rows are taken
+            error = caught
+        with self._changed:
+            self._error = error
+            self._source_ended = True
+            self._changed.notify_all()
+
+    def _put(self, row: RowT) -> bool:
+        """Once there is room; False when nothing is wanted any more."""
+        weight = self._weight_of(row)
+        with self._changed:
+            while not self._closed and (
+                len(self._ready) >= self._capacity or (self._ready and self._weight + weight > MAX_WEIGHT)
+            ):
+                self._changed.wait()
+            if self._closed:
+                return False
+            self._ready.append((row, weight))
+            self._weight += weight
+            self._changed.notify_all()
+            return True

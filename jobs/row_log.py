@@ -101,6 +101,11 @@ class RowLog:
         """
         return np.asarray(self._rows)
 
+    @property
+    def num_rows(self) -> int:
+        """Different ones."""
+        return len(np.unique(self.rows))
+
     def add(self, lines: Sequence[RowLine]) -> None:
         self._open_file()
         for line in lines:
@@ -132,7 +137,7 @@ class RowLog:
     def order(self) -> np.ndarray:
         """The lines' indices sorted by (row, sample); RowLogError where one of these stands twice."""
         rows, samples = self.rows, np.asarray(self._samples)
-        order = np.lexsort((samples, rows))
+        order = np.lexsort((samples, rows)) if samples.any() else np.argsort(rows, kind="stable")
         for first in range(0, len(order), ORDER_CHUNK):
             chunk = order[first : first + ORDER_CHUNK + 1]
             again = (np.diff(rows[chunk]) == 0) & (np.diff(samples[chunk]) == 0)

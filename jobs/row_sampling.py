@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from jobs.field_limits import MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOPS, check_count, check_length
 from jobs.json_words import kind, shown
 from jobs.refusal import BadRowCode, refuse
 from nanovllm.sampling_params import SamplingParams
@@ -24,6 +25,11 @@ def row_sampling(value: object) -> SamplingParams | None:
                 f"sampling has no key {shown(key)}; its keys are {', '.join(SAMPLING_KEYS)}",
             )
     try:
-        return SamplingParams(**value)
+        params = SamplingParams(**value)
     except ValueError as error:
         refuse(BadRowCode.BAD_SAMPLING, str(error))
+    check_count("sampling.stop", len(params.stop or ()), MAX_STOPS)
+    check_count("sampling.stop_token_ids", len(params.stop_token_ids or ()), MAX_STOP_IDS)
+    for text in params.stop or ():
+        check_length("a string of sampling.stop", text, MAX_STOP_CHARS)
+    return params

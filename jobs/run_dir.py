@@ -15,6 +15,7 @@ from jobs import disk
 from jobs.compose import Composition
 from jobs.manifest import NAME as MANIFEST
 from jobs.masking import Masker
+from jobs.progress_file import NAME as PROGRESS
 from jobs.usage import UsageError
 
 MAX_NAME = 80
@@ -28,6 +29,7 @@ RESULTS = (
     "generations.parquet",
     "failures.jsonl",
     "failures.partial.jsonl",
+    "batch_errors.jsonl",
     "records",
 )
 """A directory that holds one of these, without a manifest, is the rest of a run: new parts must not mix with it."""
@@ -54,7 +56,7 @@ class RunDirectory:
         return True
 
     def _holds_results(self) -> bool:
-        others = [entry for entry in self.path.iterdir() if entry.name not in (MANIFEST, HYDRA_DIR, RUN_LOG)]
+        others = [entry for entry in self.path.iterdir() if entry.name not in (MANIFEST, HYDRA_DIR, RUN_LOG, PROGRESS)]
         files = [file for entry in others for file in (entry, *entry.rglob("*")) if not file.is_dir()]
         return any(file.stat().st_size > 0 for file in files)
 

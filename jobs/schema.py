@@ -28,6 +28,8 @@ def allowed(hint: typing.Any) -> str:
         return " or ".join([*(allowed(option) for option in options), "null"])
     if typing.get_origin(hint) is list:
         return _LISTS[typing.get_args(hint)[0]]
+    if typing.get_origin(hint) is dict:
+        return "a mapping, such as {name: value}"
     if is_dataclass(hint):
         return f"one of the files of its group, or a mapping of {', '.join(keys(typing.cast(type, hint)))}"
     return _WORDS[hint]

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 
 from jobs import complaints
-from jobs.command import EXIT_COMPLETE, Command, ConfigT, prepare
+from jobs.command import EXIT_COMPLETE, Command, ConfigT, is_dry_run, prepare
 from jobs.command_line import CommandLine
 from jobs.compose import ConfigSource, SweepPlan, plan_sweep
 from jobs.masking import Masker
@@ -87,6 +87,8 @@ def _check_any_can_begin(command: Command[ConfigT], source: ConfigSource[ConfigT
 def _check_job(command: Command[ConfigT], source: ConfigSource[ConfigT], job: Job) -> dict[str, object]:
     """The job's configuration for a manifest; UsageError where the job cannot begin."""
     composition = prepare(command, source, job.overrides)
+    if is_dry_run(composition.config):
+        raise UsageError("dry_run=true: is for one run; leave -m out")
     if composition.config.reads_standard_input:
         raise UsageError("input=-: a sweep cannot read standard input, which can be read only once; name a file")
     return Masker(os.environ).resolved(composition.tree)

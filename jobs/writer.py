@@ -9,12 +9,13 @@ from typing import BinaryIO, Self
 
 import msgspec
 
-from jobs import disk
+from jobs import batch_output, disk
+from jobs.batch_output import BatchForm
 from jobs.parquet_output import Kind, count_parquet_rows, kind_of, parquet_schema, write_parquet
 from jobs.row_log import RowLine, RowLog
 from jobs.rows import BadRow
 
-FORMATS = ("jsonl", "parquet")
+FORMATS = ("jsonl", "parquet", batch_output.FORMAT)
 PARTIAL_NAME = "generations.partial.jsonl"
 PARTIAL_FAILURES_NAME = "failures.partial.jsonl"
 FAILURES_NAME = "failures.jsonl"
@@ -48,6 +49,8 @@ class Generation:
     num_prompt_tokens: int
     columns: Mapping[str, object] = field(default_factory=dict)
     """The input row's columns that are carried into the output; None where one is missing."""
+    url: str | None = None
+    """Of a Batch line: which of OpenAI's forms its answer has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class OutputFile:
 
 def generations_name(format: str) -> str:
     """The name of the final file in the run directory."""
-    return f"generations.{format}"
+    return f"generations.{'parquet' if format == 'parquet' else 'jsonl'}"
 
 
 def check_keep(keep: Sequence[str]) -> None:
@@ -133,13 +136,19 @@ class GenerationWriter(_Writer):
         format: str = "jsonl",
         keep: Sequence[str] = (),
         *,
+        batch: BatchForm | None = None,
         power: bool = True,
         resumed: bool = False,
     ) -> None:
-        """`power`: an acknowledged row survives a loss of power. `resumed`: go on with an earlier attempt's file."""
+        """`batch`: how openai_batch is written.
+
+        `power`: an acknowledged row survives a loss of power. `resumed`: go on with an earlier attempt's file.
+        """
         if format not in FORMATS:
             raise ValueError(f"writer.format={format}: must be one of {', '.join(FORMATS)}")
+        assert (format == batch_output.FORMAT) == (batch is not None), "a form for this format, and for it alone"
         check_keep(keep)
+        self._batch = batch
         self._final = run_dir / generations_name(format)
         self._format = format
         self._keep = tuple(keep)
@@ -156,7 +165,8 @@ class GenerationWriter(_Writer):
                 f"{', '.join(FINISH_REASONS)}; a row that ended otherwise is a failure"
             )
         columns = {name: generation.columns.get(name) for name in self._keep}
-        line = self._encode(_record(generation, columns))
+        url = {} if self._batch is None else {"url": generation.url}
+        line = self._encode(_record(generation, columns) | url)
         self._note_kinds(generation.id, columns)
         return RowLine(generation.row, generation.sample, line)
 
@@ -174,6 +184,9 @@ class GenerationWriter(_Writer):
         """
         order = self.log.order()
         lines = self.log.read(order)
+        if self._batch is not None:
+            num_rows, write = self.log.num_rows, self._batch.write_answers
+            return _replace(self._final, num_rows, lambda file: write(file, lines), _count_lines)
         if self._format == "jsonl":
             return _replace(self._final, len(order), lambda file: file.writelines(lines), _count_lines)
         schema = parquet_schema(self._id_kind, self._column_kinds)
@@ -231,6 +244,13 @@ class FailureWriter(_Writer):
         """Writes failures.jsonl as GenerationWriter.finish does its file."""
         order = self.log.order()
         return _replace(self._final, len(order), lambda file: file.writelines(self.log.read(order)), _count_lines)
+
+    def finish_batch(self, batch: BatchForm) -> OutputFile:
+        """Writes the error file of OpenAI's Batch form beside it."""
+        order = self.log.order()
+        errors = self._final.with_name(batch_output.ERRORS_NAME)
+        write = batch.write_errors
+        return _replace(errors, len(order), lambda file: write(file, self.log.read(order)), _count_lines)
 
     def _see(self, line: bytes) -> tuple[int, int]:
         record = msgspec.json.decode(line)

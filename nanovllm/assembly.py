@@ -54,6 +54,7 @@ class Assembly:
             "num_kv_blocks": self.num_kv_blocks,
             "kv_bytes": self.kv_bytes,
             "architecture": _architecture(self.model_config),
+            "cuda": torch.version.cuda,
         }
 
 

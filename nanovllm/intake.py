@@ -1,6 +1,7 @@
 """From what a user gives (text, messages or ids) to what the engine takes, and from its tokens back to text."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,11 +9,11 @@ import numpy as np
 from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
 from nanovllm.engine.sequence import StopCheck
 from nanovllm.errors import PromptError
+from nanovllm.prompt_worker import PromptWorker
+from nanovllm.prompts import Conversation
 from nanovllm.sampling_params import ResolvedSampling, SamplingParams, resolve
 from nanovllm.stop_strings import StopChecker
 from nanovllm.text import Tokenizer
-
-Message = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,10 @@ class Request:
 
 
 class Intake:
-    """Turns prompts into requests. Everything that can be wrong with one prompt is a PromptError here."""
+    """Turns prompts into requests. Everything that can be wrong with one prompt is a PromptError here.
+
+    `prepare` and `request` may run in a thread beside the one that drives the engine: they read limits alone.
+    """
 
     def __init__(
         self, engine: LLMEngine, tokenizer: Tokenizer | None, *, vocab_size: int, defaults: SamplingParams, seed: int
@@ -40,30 +44,43 @@ class Intake:
         self._vocab_size = vocab_size
         self._defaults = defaults
         self._seed = seed
+        self._worker = PromptWorker(tokenizer.prompt_setup()) if tokenizer is not None else None
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Of the template that conversations go through; None without one."""
+        template = self._worker.chat_template if self._worker is not None else None
+        return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+    def prepare(self, prompts: Sequence[str | Conversation]) -> list[np.ndarray | PromptError]:
+        """int32 token ids of each prompt, or why it has none; a text gets no chat template.
+
+        Done in a process of its own (see PromptWorker), so the caller's interpreter is free meanwhile.
+        """
+        if self._worker is None:
+            reason = "prompt and messages need a tokenizer and the model has none; give prompt_token_ids"
+            return [PromptError("no_tokenizer", reason) for _ in prompts]
+        return self._worker.token_ids(prompts)
+
+    def close(self) -> None:
+        """Ends the process that `prepare` uses."""
+        if self._worker is not None:
+            self._worker.close()
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Token ids of one text, here and now; raises PromptError."""
+        return self._needs_tokenizer("a prompt").encode(text)
 
     def request(
-        self,
-        *,
-        prompt: str | None = None,
-        messages: Sequence[Message] | None = None,
-        prompt_token_ids: Sequence[int] | None = None,
-        sampling: SamplingParams,
-        row: int,
-        request_id: str = "",
+        self, token_ids: Sequence[int] | np.ndarray, *, sampling: SamplingParams, row: int, request_id: str = ""
     ) -> Request:
-        """From exactly one of the three forms; `prompt` gets no chat template. Raises PromptError."""
-        assert sum(form is not None for form in (prompt, messages, prompt_token_ids)) == 1
-        if prompt_token_ids is not None:
-            token_ids = self._checked_ids(prompt_token_ids)
-        elif messages is not None:
-            token_ids = self._needs_tokenizer("messages").apply_chat_template(messages)
-        else:
-            token_ids = self._needs_tokenizer("a prompt").encode(prompt or "")
+        """Raises PromptError for a prompt that can never be served."""
+        ids = self._checked_ids(token_ids)
         resolved = resolve(sampling, self._defaults, self._seed)
         resolved, new_stop_check = self._with_stops(resolved)
-        self._engine.check(len(token_ids), resolved.max_tokens)
+        self._engine.check(len(ids), resolved.max_tokens)
         return Request(
-            token_ids=np.array(token_ids, np.int32),
+            token_ids=ids,
             sampling=resolved,
             row=row,
             request_id=request_id,
@@ -92,10 +109,14 @@ class Intake:
             raise PromptError("no_tokenizer", f"{form} needs a tokenizer and the model has none; give prompt_token_ids")
         return self.tokenizer
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
+    def _checked_ids(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """As int32, every one a token of the model."""
         if len(token_ids):
-            self._check_range("prompt_token_ids", min(token_ids), max(token_ids))
-        return token_ids
+            is_array = isinstance(token_ids, np.ndarray)
+            lowest = token_ids.min() if is_array else min(token_ids)
+            highest = token_ids.max() if is_array else max(token_ids)
+            self._check_range("prompt_token_ids", int(lowest), int(highest))
+        return np.asarray(token_ids, np.int32)
 
     def _check_range(self, name: str, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self._vocab_size:

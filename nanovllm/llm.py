@@ -12,11 +12,13 @@ from nanovllm.config import EngineConfig, KVConfig, LLMConfig, ModelConfig, Para
 from nanovllm.engine.llm_engine import SequenceOutput
 from nanovllm.errors import PromptError
 from nanovllm.events import Recorder
-from nanovllm.intake import Message, Request
+from nanovllm.intake import Request
+from nanovllm.prompts import RESERVED_KWARGS, Conversation
 from nanovllm.quiet_gc import collector_kept_out
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, object]
 
 SETTINGS = {
     "dtype": ("model", "dtype"),
@@ -103,36 +105,72 @@ class LLM:
         cannot be served, naming its index. A prompt's noise depends on its seed and index alone.
         """
         listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._generate([_form(i, p) for i, p in enumerate(listed)], sampling_params, use_tqdm)
+        return self._generate([self._ids(i, p) for i, p in enumerate(listed)], sampling_params, use_tqdm)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> list[RequestOutput]:
-        """As `generate`, for one conversation or a list of them, through the model's chat template."""
+        """As `generate`, for one conversation or a list of them, through the model's chat template.
+
+        The last three hold for all of them: further variables of the template (`{"enable_thinking": False}`), whether
+        the model goes on with the last message, and the functions that it may call, as JSON schemas. A template is a
+        stranger's program: it runs in Jinja's sandbox, in a process whose time and memory are bounded.
+        """
         one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = [messages] if one else list(messages)
-        return self._generate([{"messages": c} for c in conversations], sampling_params, use_tqdm)
+        reserved = sorted(RESERVED_KWARGS & set(chat_template_kwargs or ()))
+        if reserved:
+            raise ValueError(
+                f"chat_template_kwargs has {', '.join(reserved)}, which no template variable may be called"
+            )
+        conversations = [
+            Conversation(
+                messages=_messages(index, conversation),
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                template_kwargs=dict(chat_template_kwargs or {}),
+                continue_final_message=continue_final_message,
+            )
+            for index, conversation in enumerate([messages] if one else messages)
+        ]
+        ids = [_or_raise(index, ids) for index, ids in enumerate(self._intake.prepare(conversations))]
+        return self._generate(ids, sampling_params, use_tqdm)
 
     def _generate(
         self,
-        forms: Sequence[Mapping[str, object]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _one_each(sampling_params, len(forms))
-        requests = [self._request(i, form, p) for i, (form, p) in enumerate(zip(forms, params, strict=True))]
+        params = _one_each(sampling_params, len(prompts))
+        requests = [self._request(i, ids, p) for i, (ids, p) in enumerate(zip(prompts, params, strict=True))]
         outputs = self._run(requests, use_tqdm)
         return [
             RequestOutput(prompt_token_ids=request.token_ids.tolist(), outputs=[self._completion(output)])
             for request, output in zip(requests, outputs, strict=True)
         ]
 
-    def _request(self, index: int, form: Mapping[str, object], params: SamplingParams) -> Request:
+    def _ids(self, index: int, prompt: object) -> Sequence[int]:
+        """Token ids of a text, or the ones given; raises ValueError for what is neither, or cannot be tokenised."""
+        if isinstance(prompt, str):
+            try:
+                return self._intake.encode(prompt)
+            except PromptError as error:
+                raise ValueError(f"prompt {index}: {error.reason}") from error
+        if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes):
+            ids = list(prompt)
+            if all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids):
+                return [int(i) for i in ids]
+        raise ValueError(f"prompt {index}: {reprlib.repr(prompt)} is neither a string nor a list of token ids")
+
+    def _request(self, index: int, ids: Sequence[int] | np.ndarray, params: SamplingParams) -> Request:
         try:
-            return self._intake.request(**form, sampling=params, row=index, request_id=str(index))  # pyright: ignore[reportArgumentType]
+            return self._intake.request(ids, sampling=params, row=index, request_id=str(index))
         except PromptError as error:
             raise ValueError(f"prompt {index}: {error.reason}") from error
 
@@ -167,15 +205,18 @@ class LLM:
         )
 
 
-def _form(index: int, prompt: object) -> dict[str, object]:
-    """The prompt as Intake.request takes it; raises ValueError for what is neither text nor token ids."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes):
-        ids = list(prompt)
-        if all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids):
-            return {"prompt_token_ids": [int(i) for i in ids]}
-    raise ValueError(f"prompt {index}: {reprlib.repr(prompt)} is neither a string nor a list of token ids")
+def _messages(index: int, messages: object) -> list[dict[str, object]]:
+    """Raises ValueError for what is no conversation."""
+    listed = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str | bytes) else []
+    if not listed or not all(isinstance(message, Mapping) for message in listed):
+        raise ValueError(f"prompt {index}: messages must be a non-empty list of objects with role and content")
+    return [dict(message) for message in listed]
+
+
+def _or_raise(index: int, prepared: np.ndarray | PromptError) -> np.ndarray:
+    if isinstance(prepared, PromptError):
+        raise ValueError(f"prompt {index}: {prepared.reason}") from prepared
+    return prepared
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ModelError, PromptError
+from nanovllm.prompts import PromptSetup
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,10 +50,13 @@ class Tokenizer:
     def __init__(self, backed: Any) -> None:
         """`backed` is a transformers tokenizer that rests on the `tokenizers` library."""
         self._backed = backed
-        decoders = _decoder_types(backed.backend_tokenizer)
+        self._backend = backed.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        decoders = _decoder_types(self._backend)
         self.byte_level = decoders == ["ByteLevel"]
         """Whether each token stands for the same bytes wherever it is, as in Qwen's, GPT's and Llama 3's."""
-        self._pieces = _Pieces(backed.backend_tokenizer, self.byte_level, "ByteFallback" in decoders)
+        self._pieces = _Pieces(self._backend, self.byte_level, "ByteFallback" in decoders)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -71,26 +75,17 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError("invalid_text", f"the text is not valid Unicode: {error.reason}") from error
-        return self._backed(text, verbose=False)["input_ids"]  # verbose would warn about long texts
+        return self._backend.encode(text).ids
 
-    def apply_chat_template(self, messages: Sequence[object], **template_arguments: object) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins.
-
-        The template writes the special tokens, so none is added (one BOS, not two). `template_arguments` reach
-        the template (`enable_thinking=False`) or transformers (`tools=...`). Raises PromptError: code
-        `no_chat_template`; `invalid_messages` for anything but a non-empty list of objects; or `chat_template`
-        with what the template complains of. A template is a stranger's program; it runs in Jinja's sandbox.
-        """
-        if not self.has_chat_template:
-            raise PromptError("no_chat_template", "the model has no chat template; give a prompt instead of messages")
-        if not isinstance(messages, list | tuple) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise PromptError("invalid_messages", "messages must be a non-empty list of objects with role and content")
-        arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": True, "return_dict": False}
-        try:
-            return list(self._backed.apply_chat_template(messages, **arguments))
-        except Exception as error:  # a template can raise anything
-            reason = f"the chat template refuses the messages: {type(error).__name__}: {error}"
-            raise PromptError("chat_template", reason) from error
+    def prompt_setup(self) -> PromptSetup:
+        """What a process needs to make the same token ids from prompts, and from conversations."""
+        has_template = self.has_chat_template
+        return PromptSetup(
+            tokenizer=self._backend.to_str(),
+            chat_template=self._backed.get_chat_template() if has_template else None,
+            tool_template=self._backed.get_chat_template(tools=[]) if has_template else None,
+            special_tokens={name: _texts(token) for name, token in self._backed.special_tokens_map.items()},
+        )
 
     def special_token_ids(self, strings: Iterable[str]) -> tuple[int, ...]:
         """Ids of those `strings` that are special tokens, which no decoded text ever shows; ascending.
@@ -206,6 +201,11 @@ def _decoder_types(backend: "tokenizers.Tokenizer") -> list[str]:
     state = json.loads(decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     return [step["type"] for step in steps]
+
+
+def _texts(token: Any) -> str | list[str]:
+    """A special token, or several, without what the tokenizer knows of them besides."""
+    return [str(t) for t in token] if isinstance(token, list | tuple) else str(token)
 
 
 def _refuse_foreign_code(tokenizer_config: Path) -> None:

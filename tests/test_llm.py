@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,10 +102,30 @@ def test_noise_depends_on_seed_and_index_alone(llm: LLM) -> None:
 
 def test_chat_equals_the_template_given_as_ids(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "Hello"}]
-    ids = llm.tokenizer.apply_chat_template(conversation)  # pyright: ignore[reportAttributeAccessIssue]
+    backed = llm.tokenizer._backed  # pyright: ignore[reportAttributeAccessIssue]
+    ids = backed.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
     by_chat = llm.chat([conversation], GREEDY, use_tqdm=False)[0]
     assert by_chat.prompt_token_ids == ids
     assert llm.chat(conversation, GREEDY, use_tqdm=False)[0].token_ids == by_chat.token_ids
+
+
+def test_chat_takes_what_goes_to_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well, I"}]
+    (output,) = llm.chat(conversation, GREEDY, use_tqdm=False, continue_final_message=True)
+    backed = llm.tokenizer._backed  # pyright: ignore[reportAttributeAccessIssue]
+    assert output.prompt_token_ids == backed.apply_chat_template(
+        conversation, continue_final_message=True, tokenize=True, return_dict=False
+    )
+    with pytest.raises(ValueError, match="chat_template_kwargs has tools"):
+        llm.chat(conversation, chat_template_kwargs={"tools": []})
+
+
+@pytest.mark.parametrize("messages", [[3], "text", [[{"role": "user", "content": "x"}], []], [[3]]])
+def test_what_is_no_conversation_is_named_by_its_index(llm: LLM, messages: Any) -> None:
+    with pytest.raises(ValueError, match=r"prompt \d: messages must be a non-empty list of objects"):
+        llm.chat(messages, use_tqdm=False)
+    with pytest.raises(ValueError, match="prompt 1: the text is not valid Unicode"):
+        llm.chat([[{"role": "user", "content": text}] for text in ("fine", "a\ud800")], use_tqdm=False)
 
 
 def test_a_stop_string_ends_the_row_and_is_cut_from_the_text(llm: LLM) -> None:

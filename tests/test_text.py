@@ -6,12 +6,12 @@ import time
 
 import pytest
 from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import decoders, models, processors
+from tokenizers import decoders, models
 
 from nanovllm.errors import ModelError, PromptError
 from nanovllm.stop_strings import StopChecker
 from nanovllm.text import Tokenizer, has_tokenizer, load_tokenizer
-from tests.checkpoints import CHAT_TEMPLATE, qwen3_config, write_tokenizer
+from tests.checkpoints import qwen3_config, write_tokenizer
 
 END = 2  # <|im_end|>
 MESSAGES = [{"role": "user", "content": "Grüße 😀"}]
@@ -274,78 +274,3 @@ def test_stop_checking_costs_the_same_however_long_the_text():
     tokenizer = sentencepiece_like()
     seconds(100)
     assert seconds(4_000) < 30 * max(seconds(500), 1e-3)
-
-
-def test_b47_chat_ids_are_those_of_transformers_with_one_bos(tmp_path):
-    write_model(tmp_path, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
-    backend = BackendTokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|endoftext|>"}))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer is not None
-    ids = tokenizer.apply_chat_template(MESSAGES)
-    expected = tokenizer._backed.apply_chat_template(
-        MESSAGES, tokenize=True, add_generation_prompt=True, return_dict=False
-    )
-    assert ids == expected
-    assert ids.count(0) == 1
-    assert tokenizer.encode("a")[0] == 0, "a plain prompt gets the BOS from the tokenizer"
-
-
-def test_template_arguments_reach_the_template(tmp_path):
-    template = CHAT_TEMPLATE + "{% if enable_thinking is defined and enable_thinking is false %}<think>{% endif %}"
-    tokenizer = load_tokenizer(write_model(tmp_path, chat_template=template))
-    assert tokenizer is not None
-    plain = tokenizer.apply_chat_template(MESSAGES)
-    assert tokenizer.apply_chat_template(MESSAGES, enable_thinking=True) == plain
-    assert tokenizer.apply_chat_template(MESSAGES, enable_thinking=False) == [*plain, 300]
-    assert len(tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False)) < len(plain)
-
-
-def test_a_model_without_a_template_says_so(tmp_path):
-    tokenizer = load_tokenizer(write_model(tmp_path, chat_template=None))
-    assert tokenizer is not None
-    assert not tokenizer.has_chat_template
-    with pytest.raises(PromptError) as caught:
-        tokenizer.apply_chat_template(MESSAGES)
-    assert caught.value.code == "no_chat_template"
-
-
-BAD_TEMPLATES = {
-    "complains": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    "syntax": ("{% if %}", "TemplateSyntaxError"),
-    "arithmetic": ("{{ 1 // 0 }}", "ZeroDivisionError"),
-    "undefined": ("{{ nothing.at.all }}", "UndefinedError"),
-    "class": ("{{ ''.__class__.__mro__ }}", "SecurityError|unsafe"),
-    "popen": ("{{ cycler.__init__.__globals__.os.mkdir('CANARY') }}", "SecurityError|unsafe"),
-    "namespace": (
-        "{{ namespace.__init__.__globals__['__builtins__']['open']('CANARY', 'w') }}",
-        "SecurityError|unsafe",
-    ),
-    "format": ("{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}", "SecurityError|unsafe"),
-    "mutate": ("{{ messages.append(1) }}", "SecurityError|unsafe"),
-    "include": ("{% include '/etc/hostname' %}", "TypeError"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_TEMPLATES)
-def test_a_template_that_fails_or_breaks_out_is_a_prompt_error(tmp_path, name):
-    text, reason = BAD_TEMPLATES[name]
-    canary = tmp_path / "canary"
-    tokenizer = load_tokenizer(write_model(tmp_path, chat_template=text.replace("CANARY", str(canary))))
-    assert tokenizer is not None
-    with pytest.raises(PromptError, match=reason) as caught:
-        tokenizer.apply_chat_template(MESSAGES)
-    assert caught.value.code == "chat_template"
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("messages", [[], [3], "text", {}, [{"role": "user"}, None], [MESSAGES]])
-def test_messages_that_are_none_are_a_prompt_error(tokenizer, messages):
-    with pytest.raises(PromptError) as caught:
-        tokenizer.apply_chat_template(messages)
-    assert caught.value.code == "invalid_messages"

@@ -83,6 +83,15 @@ class LLMEngine:
     def num_waiting(self) -> int:
         return self.scheduler.num_waiting
 
+    def describe(self) -> str:
+        """What the engine is at, in words; for when it hangs, so it may be called from another thread."""
+        blocks = self._blocks
+        return (
+            f"the next step is {self.next_step}, the last committed one {self.last_committed}, {len(self._in_flight)} "
+            f"under way; {self.scheduler.num_running} sequences running, {self.num_waiting} waiting; "
+            f"{blocks.num_free} of {blocks.num_blocks} KV blocks free"
+        )
+
     def has_work(self) -> bool:
         """Whether anything is unfinished, or a submitted step has not been committed."""
         return bool(self._in_flight) or self.scheduler.has_unfinished()
@@ -151,10 +160,7 @@ class LLMEngine:
             pass
         if not self._in_flight:
             if self.scheduler.has_unfinished():
-                raise RuntimeError(
-                    f"the scheduler makes no progress: {self.scheduler.num_running} running, {self.num_waiting} "
-                    f"waiting, {self._blocks.num_free} of {self._blocks.num_blocks} blocks free"
-                )
+                raise RuntimeError(f"the scheduler makes no progress: {self.describe()}")
             return []
         return self._commit(self._in_flight.popleft())
 

@@ -108,6 +108,14 @@ def test_strings_keep_what_yaml_would_turn_into_something_else():
     assert (config.reader.system, config.reader.prompt) == ("no", "Translate: {text}")
 
 
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_a_mapping_takes_any_name(plus: str):
+    config = compose(f"{plus}reader.chat_template_kwargs.enable_thinking=false")
+    assert config.reader.chat_template_kwargs == {"enable_thinking": False}
+    config = compose("reader.chat_template_kwargs={style: [a, {b: 1}], n: 2}")
+    assert config.reader.chat_template_kwargs == {"style": ["a", {"b": 1}], "n": 2}
+
+
 def test_every_engine_setting_reaches_the_engine():
     config = compose("kv.block_size=32", "engine.max_num_seqs=7", "device=cpu", "seed=5", "model=qwen3")
     llm_config = to_llm_config(config)
@@ -135,6 +143,18 @@ def test_every_group_is_frozen():
         (lambda: ReaderConfig(max_failures=-1), "reader.max_failures=-1"),
         (lambda: ReaderConfig(prompt=""), "reader.prompt=''"),
         (lambda: WriterConfig(format="csv"), "writer.format=csv: must be one of jsonl, parquet"),
+        (
+            lambda: WriterConfig(format="openai_batch", keep=["a"]),
+            "writer.keep=['a']: writer.format=openai_batch has no",
+        ),
+        (
+            lambda: ReaderConfig(chat_template_kwargs={"tools": 1}),
+            "reader.chat_template_kwargs={'tools': 1}: has tools",
+        ),
+        (
+            lambda: GenerateConfig(reader=ReaderConfig(prompt="x"), writer=WriterConfig(format="openai_batch")),
+            "writer.format=openai_batch: answers OpenAI Batch lines, which have no reader.prompt",
+        ),
         (lambda: WriterConfig(keep=["a", ""]), "writer.keep="),
         (lambda: WriterConfig(keep=["a", "a"]), "must name each column once"),
         (lambda: RecorderConfig(flush_s=0.0), "recorder.flush_s=0.0: must be a number of seconds above 0"),

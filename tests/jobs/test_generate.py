@@ -80,6 +80,7 @@ def test_a_first_run_leaves_exactly_the_files_of_the_contract(first_run: tuple[F
         "manifest.json",
         "run.log",
         "lock",
+        "progress.json",
         "generations.jsonl",
         "failures.jsonl",
         ".hydra/config.yaml",
@@ -131,6 +132,9 @@ def test_the_manifest_says_what_ran_on_what_and_with_which_result(first_run: tup
     assert manifest["config"]["reader"]["limit"] == 12
     assert manifest["versions"]["torch"]
     assert manifest["engine"]["num_kv_blocks"] > 0
+    template = resolve_model("tiny").directory / "chat_template.jinja"  # pyright: ignore[reportOptionalOperand]
+    assert manifest["chat_template"] == {"sha256": hashlib.sha256(template.read_bytes()).hexdigest()}
+    assert {"host", "processor", "gpu_driver"} <= set(manifest["machine"])
     assert manifest["counts"] == {"rows": 12, "answered": 12, "failed": 0, "failed_by_code": {}}
     assert manifest["figures"]["num_output_tokens"] == sum(row["num_output_tokens"] for row in run.generations)
     assert manifest["figures"]["num_prompt_tokens"] == sum(row["num_prompt_tokens"] for row in run.generations)

@@ -103,6 +103,55 @@ BAD = {
     "a template that refuses": Bad(
         {"id": "bad", "messages": [{"role": "tool", "content": "x"}]}, "chat_template", ("unknown role", "use system")
     ),
+    "tools that are none": Bad(
+        {"id": "bad", "messages": [{"role": "user", "content": "x"}], "tools": ["f"]},
+        "bad_tools",
+        ("tools[0]", "must be"),
+    ),
+    "a template variable with a name of its own": Bad(
+        {"id": "bad", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tools": []}},
+        "bad_chat_option",
+        ("chat_template_kwargs has tools",),
+    ),
+    "nothing to continue": Bad(
+        {"id": "bad", "messages": [{"role": "assistant", "content": ""}], "continue_final_message": True},
+        "bad_chat_option",
+        ("continue_final_message", "no content"),
+    ),
+    "a template's option beside a prompt": Bad(
+        {"id": "bad", "prompt": "x", "continue_final_message": True},
+        "options_need_messages",
+        ("continue_final_message goes to a chat template", "messages"),
+    ),
+    "an id that is too long": Bad(
+        {"id": "x" * 5000, "prompt": "x"}, "field_too_long", ("id has 5,000 characters", "at most 4,096"), None
+    ),
+    "a prompt that is too long to be read": Bad(
+        {"id": "bad", "prompt": "x" * (2**20 + 1)}, "field_too_long", ("1,048,577 characters", "at most 1,048,576")
+    ),
+    "a conversation that is too long to be tokenised": Bad(
+        {"id": "bad", "messages": [{"role": "user", "content": "x" * 2**20}] * 3},
+        "prompt_too_large",
+        ("the prompt's text has more than 2,097,152 bytes",),
+    ),
+    "too many stop strings": Bad(
+        {"id": "bad", "prompt": "x", "sampling": {"stop": ["x"] * 300}},
+        "field_too_long",
+        ("300 entries", "at most 256"),
+    ),
+    "no output": Bad({"id": "bad", "prompt": "x", "sampling": {"max_tokens": 0}}, "bad_sampling", ("max_tokens=0",)),
+    "a negative stop id": Bad(
+        {"id": "bad", "prompt": "x", "sampling": {"stop_token_ids": [-1]}}, "bad_sampling", ("stop_token_ids=[-1]",)
+    ),
+    "a stop id beyond 32 bits": Bad(
+        {"id": "bad", "prompt": "x", "sampling": {"stop_token_ids": [2**63]}}, "bad_sampling", ("stop_token_ids=",)
+    ),
+    "nested too deep": Bad(
+        b'{"id": "bad", "prompt": "x", "y": ' + b"[" * 200 + b"]" * 200 + b"}", "too_deep", ("100 lists",), None
+    ),
+    "a line that is too long": Bad(
+        b'{"id": "bad", "prompt": "' + b"x" * (16 * 2**20) + b'"}', "line_too_long", ("16,777,216 bytes",), None
+    ),
     "a Batch line with an unknown key": Bad(
         {"custom_id": "bad", "body": {"prompt": "x", "logit_bias": {}}},
         "unsupported_key",
@@ -151,6 +200,22 @@ def test_bad_rows_leave_the_good_ones_as_they_are_without_them(mixed: tuple[Fini
 def rest(row: Row) -> bytes:
     """The row's line, but for its number."""
     return json.dumps({key: value for key, value in row.items() if key != "row"}).encode()
+
+
+def test_b35_b37_every_length_at_the_models_limit_has_its_outcome(tmp_path: Path):
+    lengths = {"M-2": MODEL_LEN - 2, "M-1": MODEL_LEN - 1, "M": MODEL_LEN, "M+1": MODEL_LEN + 1}
+    rows: list[Row] = [{"id": name, "prompt_token_ids": [5] * length} for name, length in lengths.items()]
+    rows += [{"id": f"max_tokens {n}", "prompt": "x", "sampling": {"max_tokens": n}} for n in (1, None)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run = generate(tmp_path / "run", f"input={path}", "sampling.ignore_eos=true", "kv.num_blocks=300", "seed=1")
+    outcome = {row["id"]: (row["finish_reason"], row["num_output_tokens"]) for row in run.generations}
+    assert outcome == {
+        "M-2": ("length", 2),
+        "M-1": ("length", 1),
+        "max_tokens 1": ("length", 1),
+        "max_tokens None": ("length", MODEL_LEN - 1),
+    }
+    assert {row["id"]: row["code"] for row in run.failures} == {"M": "prompt_too_long", "M+1": "prompt_too_long"}
 
 
 def test_the_manifest_counts_failed_rows(mixed: tuple[Finished, Finished]):

@@ -161,10 +161,30 @@ def test_file_names_that_are_not_utf8_can_be_written(tmp_path: Path):
     assert read(tmp_path)["command"] == ["input=\udcff.jsonl", "é", "日本"]
 
 
+def test_processor_and_driver_are_read_where_the_kernel_tells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 7B13\nflags: fpu\n")
+    version = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 12\n"
+    (tmp_path / "version").write_text(version)
+    monkeypatch.setattr(provenance, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(provenance, "_GPU_DRIVER", tmp_path / "version")
+    machine = provenance.machine()
+    assert (machine["processor"], machine["gpu_driver"]) == ("AMD EPYC 7B13", "580.95.05")
+    monkeypatch.setattr(provenance, "_GPU_DRIVER", tmp_path / "nowhere")
+    assert provenance.machine()["gpu_driver"] is None
+
+
 def test_provenance_names_versions_machine_and_commit():
     assert provenance.versions()["hydra-core"] is not None
     assert provenance.versions()["torch"] is not None
-    assert set(provenance.machine()) == {"platform", "python", "cpu_count", "memory_bytes"}
+    assert set(provenance.machine()) == {
+        "host",
+        "platform",
+        "python",
+        "processor",
+        "gpu_driver",
+        "cpu_count",
+        "memory_bytes",
+    }
     commit = provenance.git(CHECKOUT)
     assert commit is None or set(commit) == {"commit", "dirty"}
 

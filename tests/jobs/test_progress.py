@@ -1,11 +1,14 @@
 import io
+import json
 import logging
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
-from jobs.progress import Progress
+from jobs.progress import Pace, Progress
+from jobs.progress_file import ProgressFile
 
 
 class Terminal(io.StringIO):
@@ -31,12 +34,12 @@ def test_without_a_terminal_there_is_a_line_every_30_s_and_a_last_one() -> None:
     progress = Progress("auto", 1000, stream=stream, clock=clock)
     for second in range(1, 62):
         clock.now_s = 100.0 + second
-        progress.update(second * 2, second * 50, second // 40)
+        progress.update(second * 2, second * 50, second // 40, second, lambda pace: 1000 / pace.rows_per_s)
     progress.close()
     progress.close()
     assert stream.getvalue().splitlines() == [
-        "progress: 60/1000 rows, 50 output tok/s, about 07:50 left",
-        "progress: 120/1000 rows, 50 output tok/s, about 07:20 left, 1 failed",
+        "progress: 60/1000 rows, 50 output tok/s, about 08:20 left",
+        "progress: 120/1000 rows, 50 output tok/s, about 08:20 left, 1 failed",
         "progress: 122/1000 rows, 3050 output tokens in 01:01, 1 failed",
     ]
 
@@ -58,7 +61,7 @@ def test_a_terminal_shows_a_bar_with_everything() -> None:
     progress.update(200, 4000, 3)
     progress.close()
     last = screen(stream.getvalue())[0]
-    assert re.fullmatch(r"100%\|.+\| 200/200 rows \[00:00<00:00, \d+ output tok/s, 3 failed\]", last)
+    assert re.fullmatch(r"100%\|.+\| 200/200 rows \[00:00, \d+ output tok/s, 3 failed\]", last)
 
 
 def test_a_bar_without_a_total_counts_rows() -> None:
@@ -82,6 +85,50 @@ def test_on_draws_the_bar_wherever_it_goes_and_off_writes_nothing() -> None:
     assert stream.getvalue() == "a line\n"
     with pytest.raises(ValueError, match="progress=loud: must be one of auto, on, off"):
         Progress("loud")
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_the_file_is_whole_and_new_once_a_second_whatever_the_mode(mode: str, tmp_path: Path) -> None:
+    clock = Clock()
+    progress = Progress(mode, 100, rows_before=40, file=ProgressFile(tmp_path), stream=io.StringIO(), clock=clock)
+    path, asked, versions = tmp_path / "progress.json", [], set()
+    for tenth in range(1, 52):
+        clock.now_s = 100.0 + tenth / 10
+        progress.update(40 + tenth, tenth * 30, 2, tenth, lambda pace: asked.append(pace) or 7.25)
+        versions.add(path.read_text() if path.exists() else None)
+    assert len(versions) == 1 + 5, "none in the first second, then one a second"
+    assert len(asked) == 5
+    assert asked[-1] == Pace(pytest.approx(10), pytest.approx(300), pytest.approx(10))
+    state = json.loads(path.read_text())
+    del state["updated"]
+    assert state == {
+        "status": "running",
+        "rows_total": 100,
+        "rows_done": 90,
+        "rows_failed": 2,
+        "output_tokens": 1500,
+        "steps": 50,
+        "rows_per_s": 10.0,
+        "output_tokens_per_s": 300.0,
+        "elapsed_s": 5.0,
+        "seconds_left": 7.2,
+    }
+    progress.update(100, 1800, 2, 60)
+    progress.close()
+    last = json.loads(path.read_text())
+    assert (last["status"], last["rows_done"], last["seconds_left"]) == ("ended", 100, 0.0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["progress.json"]
+
+
+def test_a_disk_that_refuses_the_file_ends_the_file_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    progress = Progress("off", 10, file=ProgressFile(tmp_path / "nowhere"), clock=clock)
+    for second in range(5):
+        clock.now_s += 2
+        progress.update(second, second, 0)
+    progress.close()
+    (record,) = caplog.records
+    assert "progress.json is not written any more" in record.getMessage()
 
 
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])

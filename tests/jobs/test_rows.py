@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from jobs.field_limits import MAX_ID_CHARS, MAX_PROMPT_TOKENS, MAX_TEXT_CHARS
 from jobs.json_line import MAX_LINE_BYTES
 from jobs.prompt_forms import MAX_TOKEN_ID
 from jobs.refusal import BadRowCode
@@ -82,6 +83,41 @@ def test_batch_body_becomes_prompt_and_sampling() -> None:
     assert good({"custom_id": "c", "body": equal}).sampling == SamplingParams(max_tokens=5)
 
 
+def test_what_goes_to_the_template_with_the_messages_is_kept() -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    messages = [
+        {"role": "user", "content": "hi", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": calls, "reasoning_content": "hm"},
+        {"role": "tool", "content": "5", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is"},
+    ]
+    options = {"tools": [TOOL], "chat_template_kwargs": {"thinking": False}, "continue_final_message": True}
+    body = good({"custom_id": "c", "body": {"messages": messages, "user": "u", "tool_choice": "auto", **options}})
+    for row in (good({"messages": messages, **options}), body):
+        assert row.chat is not None
+        without_null = {key: value for key, value in messages[1].items() if value is not None}
+        assert row.chat.messages == [messages[0], without_null, *messages[2:]]
+        assert (row.chat.tools, row.chat.template_kwargs) == ([TOOL], {"thinking": False})
+        assert row.chat.continue_final_message
+    assert (body.url, row.sampling) == ("/v1/chat/completions", SamplingParams())
+
+
+def test_the_jobs_template_variables_are_overridden_key_by_key() -> None:
+    job = {"thinking": True, "style": "short"}
+    row = good(CHAT | {"chat_template_kwargs": {"thinking": False}}, chat_template_kwargs=job)
+    assert row.chat is not None
+    assert row.chat.template_kwargs == {"thinking": False, "style": "short"}
+    with pytest.raises(ValueError, match=r"reader\.chat_template_kwargs has tools"):
+        RowParser(chat_template_kwargs={"tools": []})
+
+
+def test_batch_only_refuses_every_other_form() -> None:
+    assert good({"custom_id": "c", "body": COMPLETION}, batch_only=True).url == "/v1/completions"
+    row = bad({"prompt": "hi", "id": "a"}, batch_only=True)
+    assert (row.code, row.id) == ("not_batch_line", "a")
+    assert "the row has prompt" in row.reason
+
+
 def test_custom_id_and_body_alone_are_plain_columns() -> None:
     assert good({"prompt": "hi", "body": "text"}, keep=["body"]).columns == {"body": "text"}
     assert good({"prompt": "hi", "custom_id": "x"}).id == 3
@@ -94,6 +130,7 @@ def test_kept_columns_come_in_the_order_of_keep() -> None:
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"prompt": "hi"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 NAN_LIKE = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000)
 BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     (b'{"prompt": "\xff"}', "not_utf8", "byte 13 of the line, 0xff"),
@@ -146,7 +183,34 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ),
     ({"messages": [{"role": ["user"], "content": "hi"}]}, "bad_messages", "must be one of system, user"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "bad_messages", "content is a list"),
-    ({"messages": [{"role": "user", "content": "hi", "name": "x"}]}, "bad_messages", 'key "name"'),
+    ({"messages": [{"role": "user", "content": "hi", "weight": 1}]}, "bad_messages", 'key "weight"; supported are'),
+    ({"messages": [{"role": "user", "content": "hi", "name": 1}]}, "bad_messages", "name is the number 1"),
+    ({"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, "bad_messages", "only an assistant calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": []}]}, "bad_messages", "tool_calls is a list, must be"),
+    ({"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "bad_messages", "must be a list of objects"),
+    (CHAT | {"tools": {}}, "bad_tools", "tools is an object, must be a list"),
+    (CHAT | {"tools": [{"name": "f"}]}, "bad_tools", "tools[0] is {'name': 'f'}, must be"),
+    (CHAT | {"tools": [{"function": {"name": 5}}]}, "bad_tools", "tools[0]"),
+    (CHAT | {"tools": [TOOL] * 1025}, "field_too_long", "tools has 1,025 entries; at most 1,024"),
+    (CHAT | {"chat_template_kwargs": [1]}, "bad_chat_option", "chat_template_kwargs is a list"),
+    (CHAT | {"chat_template_kwargs": {"messages": []}}, "bad_chat_option", "has messages, which no variable"),
+    (CHAT | {"continue_final_message": 1}, "bad_chat_option", "is the number 1, must be true or false"),
+    (
+        {"messages": [{"role": "assistant", "content": ""}], "continue_final_message": True},
+        "bad_chat_option",
+        "no content to go on with",
+    ),
+    (COMPLETION | {"tools": [TOOL]}, "options_need_messages", "tools goes to a chat template, but the row has prompt"),
+    ({"prompt_token_ids": [1], "continue_final_message": True}, "options_need_messages", "prompt_token_ids"),
+    ({"custom_id": "c", "body": COMPLETION | {"chat_template_kwargs": {}}}, "options_need_messages", "messages"),
+    ({"prompt": "x" * (MAX_TEXT_CHARS + 1)}, "field_too_long", "prompt has 1,048,577 characters; at most 1,048,576"),
+    ({"messages": [{"role": "user", "content": "x" * (MAX_TEXT_CHARS + 1)}]}, "field_too_long", "messages[0].content"),
+    ({"prompt_token_ids": [1] * (MAX_PROMPT_TOKENS + 1)}, "field_too_long", "prompt_token_ids has 1,048,577 entries"),
+    ({"prompt": "hi", "id": "x" * (MAX_ID_CHARS + 1)}, "field_too_long", "id has 4,097 characters"),
+    ({"custom_id": "x" * (MAX_ID_CHARS + 1), "body": COMPLETION}, "field_too_long", "custom_id has 4,097"),
+    ({"prompt": "hi", "sampling": {"stop": ["x"] * 257}}, "field_too_long", "sampling.stop has 257 entries"),
+    ({"prompt": "hi", "sampling": {"stop": "x" * 4097}}, "field_too_long", "sampling.stop has 4,097 characters"),
+    ({"prompt": "hi", "sampling": {"stop_token_ids": [1] * 4097}}, "field_too_long", "4,097 entries"),
     ({"prompt_token_ids": "1"}, "bad_token_ids", "must be a list of integers"),
     ({"prompt_token_ids": [1, "2"]}, "bad_token_ids", 'prompt_token_ids[1] is "2"'),
     ({"prompt_token_ids": [1, 2.0]}, "bad_token_ids", "prompt_token_ids[1] is 2.0"),
@@ -188,7 +252,8 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"custom_id": "c", "body": CHAT | {"max_tokens": 1, "max_completion_tokens": 2}}, "bad_batch_line", "differ"),
     ({"custom_id": "c", "body": CHAT | {"n": 2}}, "unsupported_key", 'body has key "n"; supported are'),
     ({"custom_id": "c", "body": CHAT | {"stream": True}}, "unsupported_key", '"stream"'),
-    ({"custom_id": "c", "body": CHAT | {"tools": []}}, "unsupported_key", '"tools"'),
+    ({"custom_id": "c", "body": CHAT | {"tool_choice": "required"}}, "unsupported_key", '"tool_choice"'),
+    ({"custom_id": "c", "body": CHAT, "tools": []}, "bad_batch_line", "tools stands beside body"),
     ({"custom_id": "c", "body": CHAT | {"top_p": 2}}, "bad_sampling", "sampling.top_p=2"),
     ({"custom_id": "c", "body": {"prompt": ["a", "b"]}}, "bad_token_ids", 'is "a"'),
     ({"custom_id": "c", "body": {"prompt": ""}}, "empty_prompt", "empty string"),
@@ -206,7 +271,7 @@ def test_a_bad_row_says_what_is_wrong(line: bytes | str | dict, code: str, fragm
 
 
 def test_every_code_that_a_line_can_have_is_in_the_table() -> None:
-    other_settings = {BadRowCode.BAD_COLUMN, BadRowCode.SYSTEM_NEEDS_MESSAGES}
+    other_settings = {BadRowCode.BAD_COLUMN, BadRowCode.SYSTEM_NEEDS_MESSAGES, BadRowCode.NOT_BATCH_LINE}
     parquet_only = {BadRowCode.BAD_VALUE}
     assert {code for _, code, _ in BAD_ROWS} == set(BadRowCode) - other_settings - parquet_only
 
@@ -214,8 +279,11 @@ def test_every_code_that_a_line_can_have_is_in_the_table() -> None:
 def test_a_line_of_the_greatest_length_and_depth_is_good() -> None:
     assert good('{"prompt": "hi", "x": ' + "[" * 99 + "]" * 99 + "}")
     assert good({"messages": [{"role": "user", "content": "{[" * 200}] * 200}, keep=[])
-    head, tail = b'{"prompt": "', b'"}'
+    head, tail = b'{"prompt": "hi", "column": "', b'"}'
     assert good(head + b"x" * (MAX_LINE_BYTES - len(head) - len(tail)) + tail)
+    assert good({"prompt": "x" * MAX_TEXT_CHARS, "id": "x" * MAX_ID_CHARS})
+    assert good({"prompt_token_ids": [1] * MAX_PROMPT_TOKENS, "sampling": {"stop": ["x" * 4096] * 256}})
+    assert good(CHAT | {"tools": [TOOL] * 1024})
 
 
 def test_a_bad_row_carries_its_id_where_that_could_be_read() -> None:

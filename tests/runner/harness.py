@@ -51,7 +51,7 @@ class Harness:
         rows = range(len(prompts)) if rows is None else rows
         order = {}
         for prompt, row in zip(prompts, rows, strict=True):
-            request = intake.request(prompt_token_ids=prompt, sampling=sampling, row=row)
+            request = intake.request(prompt, sampling=sampling, row=row)
             order[intake.add(request)] = len(order)
         outputs = []
         while engine.has_work():

@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from nanovllm.errors import PromptError
+from nanovllm.prompt_worker import PromptWorker
+from nanovllm.prompts import Conversation
 from nanovllm.runner import attention_work
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import load_tokenizer
@@ -28,7 +31,11 @@ def bundled() -> tuple[list[list[int]], list[str]]:
     tokenizer = load_tokenizer(TINY)
     assert tokenizer is not None
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
-    return [tokenizer.apply_chat_template(row["messages"]) for row in rows], [row["answer"] for row in rows]
+    worker = PromptWorker(tokenizer.prompt_setup())
+    prompts = worker.token_ids([Conversation(messages=row["messages"]) for row in rows])
+    worker.close()
+    assert not any(isinstance(ids, PromptError) for ids in prompts)
+    return [list(map(int, ids)) for ids in prompts], [row["answer"] for row in rows]  # pyright: ignore[reportArgumentType]
 
 
 def num_correct(harness: Harness, prompts: list[list[int]], answers: list[str]) -> int:

@@ -1,0 +1,55 @@
+"""Many rows: a flat memory, thousands of rows a second, and the order of the input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.generate_process import ROOT
+
+MIN_ROWS_PER_S = 2000
+MAX_GROWTH_MB = 50.0
+
+
+def played(directory: Path, num_rows: int, form: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.jobs.throughput_job", str(num_rows), str(directory), form],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows_of(directory: Path) -> int:
+    """How many there are, all in input order."""
+    count = 0
+    with open(directory / "run" / "generations.jsonl", "rb") as file:
+        for count, line in enumerate(file, 1):
+            assert line.startswith(b'{"row":%d,"sample":0,"id":"row-%d",' % (count - 1, count - 1))
+    return count
+
+
+@pytest.mark.parametrize("form", ["prompt", "messages"])
+def test_ten_thousand_rows_keep_their_order_and_the_memory_flat(form: str, tmp_path: Path):
+    """The time is for the long form alone: here it would be that of a start, on a machine that runs other tests."""
+    facts = played(tmp_path, 10_000, form)
+    assert rows_of(tmp_path) == 10_000
+    assert facts["rss_after_first_mb"] > 0, "memory was watched from the first rows on"
+    assert facts["growth_mb"] < MAX_GROWTH_MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["prompt", "messages"])
+def test_a_million_rows(form: str, tmp_path: Path):
+    facts = played(tmp_path, 1_000_000, form)
+    print(json.dumps(facts))
+    assert rows_of(tmp_path) == 1_000_000
+    assert facts["rows_per_s"] >= MIN_ROWS_PER_S
+    assert facts["growth_mb"] < MAX_GROWTH_MB
