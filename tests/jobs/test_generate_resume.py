@@ -157,7 +157,7 @@ def test_signals_at_random_end_within_ten_seconds_and_leave_a_run_to_go_on_with(
         _, err = process.communicate(timeout=30)
         assert process.returncode == code, err
         assert time.monotonic() - began < 10
-        # While a model loads, a signal may arrive in a library's __del__, where Python prints and swallows what it raises.
+        # While a model loads, a signal may come in a library's __del__, where Python prints and swallows what it raises.
         assert "Exception ignored" in err or "Traceback" not in err
         assert err.splitlines()[-1].startswith("error: SIG")
         assert run.manifest["status"] == "interrupted"
