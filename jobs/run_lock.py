@@ -29,6 +29,7 @@ class RunLock:
             return
         if remove:
             os.unlink(self._path)
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # a child that is just being started may still have the file, too
         os.close(self._file)
         self._file = None
 

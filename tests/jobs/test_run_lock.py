@@ -21,6 +21,15 @@ time.sleep(60)
 """
 
 
+CHILD = """
+import subprocess
+child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+time.sleep(0.2)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_second_lock_is_refused_until_the_first_is_given_back(tmp_path: Path):
     first = RunLock(tmp_path)
     began = time.monotonic()
@@ -55,8 +64,16 @@ def test_a_lock_where_no_run_began_is_taken_away_again(tmp_path: Path):
 
 
 def test_a_child_that_runs_another_program_does_not_hold_the_lock(tmp_path: Path):
-    lock = RunLock(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
-        lock.release()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{HOLDER.replace('time.sleep(60)', CHILD)}", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert holder.stdout is not None
+    with holder, holder.stdout:
+        assert holder.stdout.readline() == b"held\n"
+        child = int(holder.stdout.readline())
+        holder.kill()
+        holder.wait()
         RunLock(tmp_path).release()
-        child.communicate(b"\n")
+        os.kill(child, signal.SIGKILL)
