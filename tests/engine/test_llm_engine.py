@@ -223,7 +223,7 @@ def test_a_scheduler_without_progress_is_an_error_that_says_so() -> None:
     engine.scheduler.blocks.allocate(99, 4)  # as if blocks had leaked
     add(engine, [1, 2, 3])
 
-    with pytest.raises(RuntimeError, match="no progress: .* 0 sequences running, 1 waiting; 0 of 4 KV blocks free"):
+    with pytest.raises(RuntimeError, match=r"no progress: .*0 sequences running, 1 waiting; 0 of 4 KV blocks free"):
         engine.step()
 
 

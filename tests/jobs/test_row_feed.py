@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs.row_feed import RowFeed
+from jobs.row_feed import MAX_WEIGHT, RowFeed
 from jobs.rows import InputRow
 from jobs.stop import Stopped, StopRequest
 
@@ -81,3 +81,73 @@ def test_a_silent_input_holds_up_neither_the_loop_nor_a_signal():
             wait()
         assert time.monotonic() - began < 5
     release.set()
+
+
+def test_a_second_feed_takes_from_the_first_what_is_ready():
+    first = RowFeed(rows(100), capacity=30)
+
+    def doubled() -> Iterator[int]:
+        while batch := first.take_many(7):
+            assert len(batch) <= 7
+            yield from (2 * row.row for row in batch)
+
+    second, stop = RowFeed(doubled(), capacity=5), StopRequest()
+    taken = []
+    while (row := second.take(True, stop)) is not None:
+        taken.append(row)
+    assert taken == [2 * number for number in range(100)]
+    assert first.ended
+
+
+def test_what_the_first_feeds_source_raises_comes_out_of_the_second():
+    def broken() -> Iterator[InputRow]:
+        yield from rows(3)
+        raise OSError("the disk is gone")
+
+    first = RowFeed(broken(), capacity=10)
+    second = RowFeed((row for _ in range(9) for row in first.take_many(2)), capacity=10)
+    stop = StopRequest()
+    assert [second.take(True, stop).row for _ in range(3)] == [0, 1, 2]  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(OSError, match="the disk is gone"):
+        second.take(True, stop)
+
+
+def test_few_large_rows_are_read_ahead_however_many_may_wait():
+    read = itertools.count()
+    feed = RowFeed((row for row in rows(1000) if next(read) >= 0), capacity=100, weight=lambda row: MAX_WEIGHT // 3)
+    feed.wait_for_first(StopRequest())
+    time.sleep(0.2)
+    assert next(read) <= 3 + 1 + 1
+    huge = RowFeed(rows(3), capacity=100, weight=lambda row: 2 * MAX_WEIGHT)
+    assert [row.row for row in (huge.take(True, StopRequest()) for _ in range(3)) if row is not None] == [0, 1, 2]
+
+
+def test_a_feed_that_is_closed_takes_no_more_and_ends_who_waits_for_it():
+    read = itertools.count()
+    first = RowFeed((row for row in rows(1000) if next(read) >= 0), capacity=3)
+    second = RowFeed((row for _ in range(999) for row in first.take_many(1)), capacity=2)
+    second.wait_for_first(StopRequest())
+    first.close(5)
+    second.close(5)
+    assert not first._thread.is_alive()
+    assert not second._thread.is_alive()
+    assert next(read) < 20
+    assert second.take(True, StopRequest()) is None
+    assert second.ended
+
+
+def test_who_waits_is_called_meanwhile():
+    release, calls = threading.Event(), []
+
+    def silent() -> Iterator[InputRow]:
+        release.wait(30)
+        yield from rows(1)
+
+    def waiting() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            release.set()
+
+    feed = RowFeed(silent(), capacity=1)
+    assert feed.take(True, StopRequest(), waiting) is not None
+    assert len(calls) >= 3
