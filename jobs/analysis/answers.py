@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jobs.usage import UsageError
-from jobs.writer import FAILURES_NAME, PARTIAL_NAME, generations_name
+from jobs.writer import FAILURES_NAME, PARTIAL_FAILURES_NAME, PARTIAL_NAME, generations_name
 
-PARTIAL_FAILURES_NAME = "failures.partial.jsonl"
+BATCH_ID = "batch_req_"
+"""What the id of a line in OpenAI's Batch form begins with; the row follows."""
 
 
 class _Line(msgspec.Struct):
@@ -22,6 +23,45 @@ class _Line(msgspec.Struct):
     num_output_tokens: int
     finish_reason: str
     token_ids: list[int]
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    finish_reason: str
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Body(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Usage
+
+
+class _Response(msgspec.Struct):
+    body: _Body
+
+
+class _BatchLine(msgspec.Struct):
+    """jobs/batch_output.py; token ids are not in it."""
+
+    id: str
+    response: _Response
+
+    def as_line(self) -> _Line:
+        """Its tokens are known by their number alone: one sample, since a request has one."""
+        body = self.response.body
+        (choice,) = body.choices
+        return _Line(
+            row=int(self.id.removeprefix(BATCH_ID)),
+            sample=choice.index,
+            num_prompt_tokens=body.usage.prompt_tokens,
+            num_output_tokens=body.usage.completion_tokens,
+            finish_reason=choice.finish_reason,
+            token_ids=[0] * body.usage.completion_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +92,20 @@ def read_answers(run: Path) -> Answers:
     if path.suffix == ".parquet":
         names = ["row", "sample", "num_prompt_tokens", "num_output_tokens", "finish_reason", "token_ids"]
         return _answers(path, [_Line(**row) for row in pq.read_table(path, columns=names).to_pylist()])
-    decode = msgspec.json.Decoder(_Line).decode
-    return _answers(path, [decode(line) for line in whole_lines(path)])
+    return _answers(path, _lines(path))
 
 
 def read_tokens(run: Path) -> dict[tuple[int, int], list[int]]:
-    """Token ids of each (row, sample)."""
+    """Token ids of each (row, sample); none where the file has OpenAI's Batch form, which leaves them out."""
     path = generations_file(run)
     if path is None:
         return {}
     if path.suffix == ".parquet":
         rows = pq.read_table(path, columns=["row", "sample", "token_ids"]).to_pylist()
         return {(row["row"], row["sample"]): row["token_ids"] for row in rows}
-    lines = map(msgspec.json.Decoder(_Line).decode, whole_lines(path))
-    return {(line.row, line.sample): line.token_ids for line in lines}
+    if _has_batch_form(path):
+        return {}
+    return {(line.row, line.sample): line.token_ids for line in _lines(path)}
 
 
 def failures(run: Path) -> list[dict[str, Any]]:
@@ -89,6 +129,19 @@ def whole_lines(path: Path) -> Iterator[bytes]:
                     return
                 raise UsageError(f"{path}, line {number}: is no JSON: {error}") from error
             yield line
+
+
+def _lines(path: Path) -> list[_Line]:
+    if _has_batch_form(path):
+        of_batch = msgspec.json.Decoder(_BatchLine).decode
+        return [of_batch(line).as_line() for line in whole_lines(path)]
+    decode = msgspec.json.Decoder(_Line).decode
+    return [decode(line) for line in whole_lines(path)]
+
+
+def _has_batch_form(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.readline().startswith(b'{"id":"' + BATCH_ID.encode())
 
 
 def _answers(path: Path | None, lines: list[_Line]) -> Answers:

@@ -1,16 +1,13 @@
 """The rows of a run as a simulation asks for them: prompts that share what the recorded ones shared, and outputs."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
-import pyarrow.parquet as pq
 
+from jobs.analysis.answers import read_tokens
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.usage import UsageError
-from jobs.writer import PARTIAL_NAME, generations_name
 
 EOS = 2**31 - 1
 """Stands for whatever ended a row: no model has so many tokens."""
@@ -130,24 +127,3 @@ class RecordedRows:
             elif self.finish_reason[index] == "error":
                 tokens[start + length] = NOT_FINITE
         return starts, tokens, known
-
-
-class _Line(msgspec.Struct):
-    row: int
-    sample: int
-    token_ids: list[int]
-
-
-def read_tokens(directory: Path) -> Mapping[tuple[int, int], Sequence[int]]:
-    """Output token ids of each (row, sample) that the run has written down; the last line may be torn."""
-    names = (generations_name("parquet"), generations_name("jsonl"), PARTIAL_NAME)
-    path = next((directory / name for name in names if (directory / name).is_file()), None)
-    if path is None:
-        return {}
-    if path.suffix == ".parquet":
-        rows = pq.read_table(path, columns=["row", "sample", "token_ids"])
-        lines = [_Line(**row) for row in rows.to_pylist()]
-    else:
-        decode = msgspec.json.Decoder(_Line).decode
-        lines = [decode(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    return {(line.row, line.sample): line.token_ids for line in lines}

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jobs.analysis.tables import read_table
 from jobs.manifest import NAME
-from jobs.record_parts import read_records
-from jobs.record_schemas import SCHEMA_VERSION
 from jobs.simulation.settings import Settings
 from jobs.usage import UsageError
 from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
@@ -138,14 +137,7 @@ class RecordedRun:
         return content
 
     def _read(self, table: str) -> pa.Table:
-        try:
-            content = read_records(self.directory, table)
-        except (OSError, pa.ArrowException) as error:
-            raise self._error(f"its records cannot be read: {error}") from error
-        version = (content.schema.metadata or {}).get(b"schema_version", b"").decode()
-        if version != SCHEMA_VERSION:
-            raise self._error(f"its records have schema_version {version or 'nothing'}; {SCHEMA_VERSION} is read")
-        return content
+        return read_table(self.directory, table)
 
     def _error(self, message: str) -> UsageError:
         return UsageError(f"{self._key}={self.directory}: {message}")

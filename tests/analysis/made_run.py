@@ -19,8 +19,6 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.sampling_params import ResolvedSampling
 
 Answer = dict[str, Any]
-record = getattr(ParquetRecorder, "alone", ParquetRecorder)
-"""Makes a recorder that has a directory to itself."""
 ZERO = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
 EOS = 1
 
@@ -157,13 +155,10 @@ def _attempt(
         clock, lookahead=shape.lookahead, graphs=shape.graphs, seed=shape.seed + number, eos_share=shape.eos_share
     )
     engine = LLMEngine(scheduler, runner, clock=clock)
-    step_counter = "next_step" if hasattr(engine, "next_step") else "num_steps"
-    seq_id_counter = "next_seq_id" if hasattr(engine, "next_seq_id") else "_next_seq_id"
-    setattr(engine, step_counter, first_step)
-    setattr(engine, seq_id_counter, first_seq_id)
+    engine.next_step, engine.next_seq_id = first_step, first_seq_id
     left = deque(row for row in range(len(rows)) if row not in done)
     generate_ns, committed = clock(), 0
-    with closing(record(directory, attempt=number, flush_s=shape.flush_s)) as recorder:
+    with closing(ParquetRecorder.alone(directory, attempt=number, flush_s=shape.flush_s)) as recorder:
         engine.recorders.append(recorder)
         while (left or engine.has_work()) and committed != num_steps:
             while left and engine.num_waiting < shape.max_num_seqs:
@@ -201,7 +196,7 @@ def _attempt(
     }
     # What was scheduled but not committed never reached the steps; the next attempt goes on counting from there.
     next_step = first_step + committed
-    return (next_step, getattr(engine, seq_id_counter), clock.now_ns + 50_000_000), attempt
+    return (next_step, engine.next_seq_id, clock.now_ns + 50_000_000), attempt
 
 
 def _engine(shape: Shape) -> dict[str, Any]:

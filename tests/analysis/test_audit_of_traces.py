@@ -10,9 +10,10 @@ from unittest.mock import patch
 import pytest
 
 from jobs.analysis.audit import audit
+from jobs.recorder import ParquetRecorder
 from nanovllm.engine import scheduler
 from tests.analysis.editing import rows_of
-from tests.analysis.made_run import ZERO, record
+from tests.analysis.made_run import ZERO
 from tests.engine.traces import Trace, _Run, random_trace
 
 
@@ -21,7 +22,7 @@ def recorded(trace: Trace, directory: Path, seen: Counter[str]) -> Path:
     directory.mkdir()
     with patch.object(scheduler, "GROWTH_STEPS", trace.growth_steps):
         run = _Run(trace, seen, 64, False)
-        recorder = record(directory)
+        recorder = ParquetRecorder.alone(directory)
         run.engine.recorders.append(recorder)
         run.run()
         recorder.close()

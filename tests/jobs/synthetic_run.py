@@ -110,7 +110,7 @@ def write_run(
     wanted = directory.parent / f"{directory.name}-wanted"
     _write_wanted(wanted, rows, manifest)
     run = RecordedRun("run", wanted)
-    recorder = ParquetRecorder(directory)
+    recorder = ParquetRecorder.alone(directory)
     outcome = simulate(run, RecordedRows(run), costs, settings, recorders=[recorder])
     recorder.close()
     _check_shared_prefixes(directory, rows)

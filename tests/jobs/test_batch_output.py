@@ -17,7 +17,7 @@ LINES = [
     {"custom_id": "../up", "method": "POST", "url": "/v1/chat/completions", "body": CHAT | {"max_tokens": 30}},
     {"custom_id": "plain", "body": {"prompt": "Hello", "max_tokens": 3, "ignore_eos": True}},
     {"custom_id": "plain", "body": {"prompt": [5, 6, 7], "max_tokens": 1}},
-    {"custom_id": "", "body": CHAT | {"temperature": 0, "user": "u", "metadata": {"a": "b"}}},
+    {"custom_id": "", "body": CHAT | {"temperature": 0, "max_tokens": 40, "user": "u", "metadata": {"a": "b"}}},
 ]
 BAD: list[tuple[dict[str, Any] | bytes, str, str | None]] = [
     ({"id": "own", "prompt": "x"}, "not_batch_line", None),

@@ -141,7 +141,7 @@ def test_what_cannot_be_is_one_message(run: Path, words: list[str], message: str
     assert said.startswith(message) or message in said
 
 
-def test_a_run_without_records_or_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_left_no_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     directory = tmp_path / "run"
     directory.mkdir()
     manifest = {"config": {}, "status": "running", "attempts": []}
@@ -150,7 +150,7 @@ def test_a_run_without_records_or_of_another_version_is_refused(tmp_path: Path, 
     (directory / "manifest.json").write_text("{")
     assert "cannot be read" in complaint(capsys, f"run={directory}")
     (directory / "manifest.json").write_text(json.dumps({**manifest, "engine": {}}))
-    assert "records cannot be read" in complaint(capsys, f"run={directory}")
+    assert "holds no step" in complaint(capsys, f"run={directory}")
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
