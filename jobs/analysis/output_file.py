@@ -10,9 +10,15 @@ def write_output(path: Path, data: bytes) -> Path:
     """Writes it whole, or not at all, in the place of an earlier one; UsageError where the directory takes none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "xb", opener=_private) as file:
+            file.write(data)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UsageError(f"{path}: cannot be written: {error}") from error
     return path
+
+
+def _private(path: str, flags: int) -> int:
+    """Readable by its owner alone, as everything that a run leaves."""
+    return os.open(path, flags, 0o600)

@@ -13,6 +13,7 @@ from jobs.simulation.step_sizes import Padding, StepSizes
 FEATURES = (
     "step",
     "step with prefills",
+    "step beyond 16 tokens",
     "tokens up to 16",
     "tokens up to 64",
     "rows of logits",
@@ -20,9 +21,20 @@ FEATURES = (
     "decode context",
     "pairs",
 )
-DOUBTED = MappingProxyType({"step with prefills": 1.0, "tokens up to 16": 0.1, "tokens up to 64": 0.1, "pairs": 0.1})
+DOUBTED = MappingProxyType(
+    {
+        "step with prefills": 1.0,
+        "step beyond 16 tokens": 0.1,
+        "tokens up to 16": 0.1,
+        "tokens up to 64": 0.1,
+        "pairs": 0.1,
+    }
+)
 """Weights. A run whose steps with prefills are all alike cannot tell the first and the last from the operations, one of
-few sequences the others from the rows of logits. That there are prefills at all costs little by itself."""
+few sequences, or of many all the time, the others from steps and rows of logits. That there are prefills at all costs
+little by itself."""
+FEW_TOKENS = 16
+"""Up to here a GPU's matrix products are other kernels than beyond (kernels/linear.py)."""
 GPU_KNEE = 256
 """Padded tokens up to which a GPU's matrix products take the time of reading the weights, whatever the tokens."""
 
@@ -80,7 +92,8 @@ class ForwardFeatures:
         return (
             1.0,
             sizes.num_decodes < sizes.num_rows,
-            np.minimum(tokens, 16),
+            tokens > FEW_TOKENS,
+            np.minimum(tokens, FEW_TOKENS),
             np.minimum(tokens, 64),
             logits_rows,
             products + self.pair * pairs,
