@@ -203,17 +203,19 @@ def rest(row: Row) -> bytes:
 
 
 def test_b35_b37_every_length_at_the_models_limit_has_its_outcome(tmp_path: Path):
-    lengths = {"M-2": MODEL_LEN - 2, "M-1": MODEL_LEN - 1, "M": MODEL_LEN, "M+1": MODEL_LEN + 1}
+    limit = 256
+    lengths = {"M-2": limit - 2, "M-1": limit - 1, "M": limit, "M+1": limit + 1}
     rows: list[Row] = [{"id": name, "prompt_token_ids": [5] * length} for name, length in lengths.items()]
     rows += [{"id": f"max_tokens {n}", "prompt": "x", "sampling": {"max_tokens": n}} for n in (1, None)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    run = generate(tmp_path / "run", f"input={path}", "sampling.ignore_eos=true", "kv.num_blocks=300", "seed=1")
+    words = [f"engine.max_model_len={limit}", "sampling.ignore_eos=true", "kv.num_blocks=300", "seed=1"]
+    run = generate(tmp_path / "run", f"input={path}", *words)
     outcome = {row["id"]: (row["finish_reason"], row["num_output_tokens"]) for row in run.generations}
     assert outcome == {
         "M-2": ("length", 2),
         "M-1": ("length", 1),
         "max_tokens 1": ("length", 1),
-        "max_tokens None": ("length", MODEL_LEN - 1),
+        "max_tokens None": ("length", limit - 1),
     }
     assert {row["id"]: row["code"] for row in run.failures} == {"M": "prompt_too_long", "M+1": "prompt_too_long"}
 
