@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from jobs.text_values import as_text
 from jobs.usage import UsageError
 
 
@@ -16,6 +17,7 @@ class CommandLine:
     words: list[str]
     """All of it, as it was typed."""
     overrides: list[str]
+    """As Hydra can read them; see as_text."""
     multirun: bool
     shows: str | None
     """The flag that asks to show something instead of running: --help, --cfg, ..."""
@@ -67,7 +69,7 @@ def parse(words: Sequence[str]) -> CommandLine:
         raise UsageError("--package and --resolve go with --cfg")
     return CommandLine(
         words=list(words),
-        overrides=found.overrides,
+        overrides=[as_text(word) for word in found.overrides],
         multirun=found.multirun,
         shows=shows[0] if shows else None,
         resolves=found.resolve,

@@ -52,6 +52,7 @@ from jobs.run_dir import RUN_LOG, RunDirectory, append_to_log, claim, write_hydr
 from jobs.run_lock import RunLock
 from jobs.stop import Stopped, StopRequest
 from jobs.sweep import sweep
+from jobs.text_values import as_text
 from jobs.usage import UsageError
 from nanovllm.errors import ModelError
 from nanovllm.logging.setup import close_job_logging, configure_job_logging
@@ -333,7 +334,7 @@ def _show(command: Command[ConfigT], source: ConfigSource[ConfigT], line: Comman
         raise AssertionError(f"{line.shows} must not run a job")
 
     nothing_to_run.__module__ = command.module  # Hydra takes the application's name from it
-    before, sys.argv = sys.argv, [sys.argv[0], *line.words]
+    before, sys.argv = sys.argv, [sys.argv[0], *map(as_text, line.words)]
     try:
         hydra.main(str(command.config_dir), command.config_name, HYDRA_VERSION_BASE)(nothing_to_run)()
     except SystemExit as ended:

@@ -1,9 +1,11 @@
 """Starts a command as a program."""
 
 import importlib
+import os
 import sys
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(module: str) -> int:
@@ -17,6 +19,13 @@ def main(module: str) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    from jobs.launch import launch
+    try:
+        from jobs.launch import launch
 
-    return launch(importlib.import_module(module).COMMAND)
+        return launch(importlib.import_module(module).COMMAND)
+    except KeyboardInterrupt:  # before launch takes the signals over: importing it takes half a second
+        print("error: SIGINT: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever reads --help, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
