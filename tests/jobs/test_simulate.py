@@ -124,7 +124,7 @@ def test_values_that_do_not_go_together_are_named_beside_those_that_do(run: Path
         (["{run}", "+kv.block_size=16"], "+kv.block_size=16: cannot be simulated"),
         (["{run}", "--multirun"], "--multirun: not a word of this command"),
         (["{run}", "kv.block_size=0"], "kv.block_size=0: must be an integer from 1 to 4096"),
-        (["{run}", "kv.block_size=big"], "kv.block_size=big: must be an integer from 1 to 4096"),
+        (["{run}", "kv.block_size=big"], "kv.block_size='big': must be an integer from 1 to 4096"),
         (["{run}", "kv.block_size=[16,32]"], "kv.block_size=[16, 32]: must be an integer from 1 to 4096"),
         (["{run}", "kv.block_size=16,"], "kv.block_size=16,: "),
         (["{run}", "kv.block_size=interval(16,32)"], "kv.block_size=interval(16,32): an interval cannot be swept"),
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_one_message(run: Path, words: list[str], message: str
 def test_a_run_that_left_no_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     directory = tmp_path / "run"
     directory.mkdir()
-    manifest = {"config": {}, "status": "running", "attempts": []}
+    manifest = {"schema_version": 1, "config": {}, "status": "running", "attempts": []}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert "has no `engine`" in complaint(capsys, f"run={directory}")
     (directory / "manifest.json").write_text("{")
