@@ -138,6 +138,7 @@ def test_the_run_that_is_most_like_it_tells_the_time(cwd: Path):
     assert directory(5) is directory(50) is None, "neither 2 rows at once nor 256 tell of 50"
     for minute in range(10, 10 + RECENT):
         write_manifest(f"multirun/2026-11-24/11-00/{minute}", minute, 200 + minute)
+    write_manifest("multirun/2026-11-24/12-00/0", 0, 9000)
     assert directory(300) == f"multirun/2026-11-24/11-00/{9 + RECENT}", "of the latest ones, by when they began"
 
 
