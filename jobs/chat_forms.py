@@ -67,7 +67,8 @@ def _message(index: int, message: object) -> dict[str, object]:
     if "tool_calls" in given:
         _check_tool_calls(place, role, given["tool_calls"])
     elif content is None:
-        refuse(BadRowCode.BAD_MESSAGES, f"{place}.content is missing, must be a string")
+        absent = "null" if "content" in message else "missing"
+        refuse(BadRowCode.BAD_MESSAGES, f"{place}.content is {absent}, must be a string")
     return given
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from jobs.config import GenerateConfig
-from jobs.earlier_runs import EarlierRun, latest_run
+from jobs.earlier_runs import EarlierRun, similar_run
 from jobs.ready_rows import ReadyRow
 from jobs.rows import BadRow
 from nanovllm.engine.block_manager import BlockManager
@@ -73,8 +73,12 @@ class Survey:
         return len(self.ids) - len(np.unique(np.asarray(self.ids)))
 
 
+def is_on_cpu(config: GenerateConfig) -> bool:
+    return config.device == "cpu" or (config.device == "auto" and not _GPU.exists())
+
+
 def planned_cache(config: GenerateConfig, model: Qwen3Config) -> Cache:
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not _GPU.exists())
+    on_cpu = is_on_cpu(config)
     dtype = ("float32" if on_cpu else model.dtype) if config.model.dtype == "auto" else config.model.dtype
     per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * DTYPE_BYTES[dtype]
     block_bytes = per_token * config.kv.block_size
@@ -126,7 +130,8 @@ def report(config: GenerateConfig, source: ModelSource, survey: Survey, cache: C
         )
     if num_good:
         lines += _size_lines(config, survey, cache, max_model_len)
-        lines.append(("time", _time_line(survey, latest_run(source.name), max_model_len)))
+        earlier = similar_run(config, source.name, num_good, on_cpu=is_on_cpu(config))
+        lines.append(("time", _time_line(survey, earlier, max_model_len)))
     return "\n".join(f"{name:14s} {value}" for name, value in lines)
 
 
@@ -174,7 +179,10 @@ def _limits(survey: Survey, cache: Cache, max_model_len: int) -> np.ndarray:
 
 def _time_line(survey: Survey, earlier: EarlierRun | None, max_model_len: int) -> str:
     if earlier is None:
-        return "unknown: no complete run of this model is under outputs/"
+        return (
+            "unknown: no complete run under outputs/ has this model, dtype, kv, engine and device and about as many "
+            "rows at once"
+        )
     outputs = np.asarray(survey.max_tokens, np.float64)
     expected = np.where(outputs < 0, earlier.output_tokens_per_row, np.minimum(outputs, earlier.output_tokens_per_row))
     prompts = np.asarray(survey.prompt_tokens, np.float64)
@@ -189,5 +197,6 @@ def _time_line(survey: Survey, earlier: EarlierRun | None, max_model_len: int) -
     )
     return (
         f"about {shown} of steps, if answers are as long and steps as fast as in {earlier.directory} "
-        f"({earlier.output_tokens_per_row:.0f} tokens a row, {earlier.device})"
+        f"({earlier.num_rows:,} rows, {earlier.num_output_tokens:,} output tokens, "
+        f"{earlier.output_tokens_per_row:.0f} a row, {earlier.device})"
     )

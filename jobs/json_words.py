@@ -7,7 +7,7 @@ import reprlib
 def kind(value: object) -> str:
     """What a value is, in JSON's words."""
     if value is None:
-        return "missing"
+        return "null"
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, int | float):

@@ -54,8 +54,10 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
-        """The manifest of a run that another process wrote."""
-        return cls(directory, json.loads((directory / NAME).read_bytes()), None)
+        """The manifest of a run that another process wrote; ValueError where it is none, or of a newer version."""
+        content = json.loads((directory / NAME).read_bytes())
+        check_version(content)
+        return cls(directory, content, None)
 
     def resume(self, clock: Clock, facts: Mapping[str, Any]) -> None:
         """Begins one more attempt of a run that was loaded; its directory must be locked.
@@ -120,6 +122,18 @@ class Manifest:
 
     def _write(self) -> None:
         disk.put(self._path, _encode(self._content), beside=_beside(self._path.parent))
+
+
+def check_version(content: Any) -> None:
+    """ValueError for a manifest that a later version of nanovllm wrote, and for what is no manifest."""
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"schema_version={version}: this is no run's manifest")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"schema_version={version} is newer than {SCHEMA_VERSION}, the newest that this version of nanovllm knows; "
+            "use the version that wrote the run, or a later one"
+        )
 
 
 def remove_unfinished(directory: Path) -> None:

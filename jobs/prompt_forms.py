@@ -19,18 +19,18 @@ def as_prompt(value: object) -> str:
     return value
 
 
-def as_token_ids(value: object) -> list[int]:
-    """Token ids within [0, MAX_TOKEN_ID], at least one; raises PromptError."""
+def as_token_ids(value: object, name: str = "prompt_token_ids") -> list[int]:
+    """Token ids within [0, MAX_TOKEN_ID], at least one; raises PromptError, which calls the value `name`."""
     if not isinstance(value, list):
-        refuse(BadRowCode.BAD_TOKEN_IDS, f"prompt_token_ids is {kind(value)}, must be a list of integers")
+        refuse(BadRowCode.BAD_TOKEN_IDS, f"{name} is {kind(value)}, must be a list of integers")
     if not value:
-        refuse(BadRowCode.EMPTY_PROMPT, "prompt_token_ids is an empty list")
-    check_count("prompt_token_ids", len(value), MAX_PROMPT_TOKENS)
+        refuse(BadRowCode.EMPTY_PROMPT, f"{name} is an empty list")
+    check_count(name, len(value), MAX_PROMPT_TOKENS)
     if set(map(type, value)) != {int} or min(value) < 0 or max(value) > MAX_TOKEN_ID:
         index, wrong = _first_wrong_token_id(value)
         refuse(
             BadRowCode.BAD_TOKEN_IDS,
-            f"prompt_token_ids[{index}] is {shown(wrong)}, must be an integer from 0 to {MAX_TOKEN_ID}",
+            f"{name}[{index}] is {shown(wrong)}, must be an integer from 0 to {MAX_TOKEN_ID}",
         )
     return value
 

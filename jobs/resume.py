@@ -92,8 +92,9 @@ def earlier_run(given: str) -> Iterator[EarlierRun]:
     except OSError as error:
         raise UsageError(f"resume={given}: cannot be locked: {error}") from error
     try:
+        manifest = _loaded(given, path)  # first: of a later version's run nothing is touched
         _remove_unfinished_files(given, path)
-        yield EarlierRun(given, path, _loaded(given, path))
+        yield EarlierRun(given, path, manifest)
     finally:
         lock.release()
 

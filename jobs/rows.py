@@ -176,23 +176,24 @@ class RowParser:
         if form == "messages":
             chat = as_conversation(record, system=self._system, template_kwargs=self._template_kwargs)
             return _Content(sampling, url, chat=chat)
-        self._check_is_plain(form, record)
+        name = "body.prompt" if is_batch else form  # as the user wrote it
+        self._check_is_plain(name, record)
         if form == "prompt_token_ids":
-            return _Content(sampling, url, token_ids=as_token_ids(record[form]))
+            return _Content(sampling, url, token_ids=as_token_ids(record[form], name))
         return _Content(sampling, url, prompt=as_prompt(record[form]))
 
-    def _check_is_plain(self, form: str, record: Mapping[str, object]) -> None:
+    def _check_is_plain(self, name: str, record: Mapping[str, object]) -> None:
         """Nothing is asked for that only a chat template could do."""
         if self._system is not None:
             refuse(
                 BadRowCode.SYSTEM_NEEDS_MESSAGES,
-                f"reader.system is set, but the row has {form}, which takes no system message; it needs messages",
+                f"reader.system is set, but the row has {name}, which takes no system message; it needs messages",
             )
-        for name in CHAT_OPTIONS:
-            if record.get(name) is not None:
+        for option in CHAT_OPTIONS:
+            if record.get(option) is not None:
                 refuse(
                     BadRowCode.OPTIONS_NEED_MESSAGES,
-                    f"{name} goes to a chat template, but the row has {form}, which gets none; it needs messages",
+                    f"{option} goes to a chat template, but the row has {name}, which gets none; it needs messages",
                 )
 
 

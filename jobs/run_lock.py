@@ -34,6 +34,26 @@ class RunLock:
         self._file = None
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process is writing this run; changes nothing. False where it cannot be told.
+
+    For an instant it holds a lock of its own, beside which no run can begin here.
+    """
+    try:
+        file = os.open(directory / NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
 def _locked(path: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -21,7 +21,7 @@ def check_integer(key: str, value: object, minimum: int, maximum: int | None = N
     if number >= minimum and (maximum is None or number <= maximum):
         return
     allowed = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
-    raise ValueError(f"{key}={value}: must be {allowed}")
+    raise ValueError(f"{key}={value!r}: must be {allowed}")
 
 
 def check_boolean(key: str, value: object) -> None:

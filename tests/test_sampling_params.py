@@ -87,8 +87,7 @@ def test_a_value_within_its_range_is_kept_as_given(name: str, value: object) -> 
     ],
 )
 def test_a_value_out_of_its_range_is_refused_with_key_value_and_range(name: str, value: object) -> None:
-    quoted = str(value) if "integer" in RANGES[name][0] else repr(value)
-    expected = f"sampling.{name}={quoted}: must be {RANGES[name][0]}"
+    expected = f"sampling.{name}={value!r}: must be {RANGES[name][0]}"
     with pytest.raises(ValueError, match=rf"\A{re.escape(expected)}\Z"):
         SamplingParams(**{name: value})
 

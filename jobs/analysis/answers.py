@@ -25,9 +25,16 @@ class _Line(msgspec.Struct):
     token_ids: list[int]
 
 
+class _Message(msgspec.Struct):
+    content: str
+
+
 class _Choice(msgspec.Struct):
     index: int
     finish_reason: str
+    text: str | None = None
+    """Of a completion; a chat's is in its message."""
+    message: _Message | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -48,20 +55,28 @@ class _BatchLine(msgspec.Struct):
     """jobs/batch_output.py; token ids are not in it."""
 
     id: str
+    custom_id: str
     response: _Response
 
-    def as_line(self) -> _Line:
-        """Its tokens are known by their number alone: one sample, since a request has one."""
+    def as_row(self) -> dict[str, Any]:
+        """In our own form: one sample, since a request has one; without its token ids."""
         body = self.response.body
         (choice,) = body.choices
-        return _Line(
-            row=int(self.id.removeprefix(BATCH_ID)),
-            sample=choice.index,
-            num_prompt_tokens=body.usage.prompt_tokens,
-            num_output_tokens=body.usage.completion_tokens,
-            finish_reason=choice.finish_reason,
-            token_ids=[0] * body.usage.completion_tokens,
-        )
+        return {
+            "row": int(self.id.removeprefix(BATCH_ID)),
+            "sample": choice.index,
+            "id": self.custom_id,
+            "text": choice.text if choice.message is None else choice.message.content,
+            "finish_reason": choice.finish_reason,
+            "num_prompt_tokens": body.usage.prompt_tokens,
+            "num_output_tokens": body.usage.completion_tokens,
+        }
+
+    def as_line(self) -> _Line:
+        """Its tokens are known by their number alone."""
+        row = self.as_row()
+        known = {name: row[name] for name in _Line.__struct_fields__ if name in row}
+        return _Line(**known, token_ids=[0] * row["num_output_tokens"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +121,14 @@ def read_tokens(run: Path) -> dict[tuple[int, int], list[int]]:
     if _has_batch_form(path):
         return {}
     return {(line.row, line.sample): line.token_ids for line in _lines(path)}
+
+
+def answer_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a generations file in JSONL; of one in OpenAI's Batch form what is known of our own columns."""
+    if _has_batch_form(path):
+        of_batch = msgspec.json.Decoder(_BatchLine).decode
+        return (of_batch(line).as_row() for line in whole_lines(path))
+    return (msgspec.json.decode(line) for line in whole_lines(path))
 
 
 def failures(run: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jobs.analysis import tables
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.time_ledger import CAPTURE, HOST, LOAD, PADDING, RECOMPUTE, TAIL, span
+from jobs.run_lock import is_locked
 
 MOST = 5
 
@@ -152,21 +153,35 @@ class Findings:
             )
 
     def _host(self) -> Iterator[Finding]:
-        share = self._share(HOST)
-        if share < 0.1:
-            return
+        """Only where work of the host's own makes most of the gaps, and something can be done about it."""
+        share = (self._ledger[HOST] - self._first_wait_ns) / self._wall
         column = self._figures.run.step_column
         parts = {name: float(column(f"{name}_ms").sum()) for name in ("schedule", "prepare", "postprocess")}
-        lacking = self._kv_key if self._of_decode(self._is_kv_full) >= 0.1 else "engine.max_num_seqs"
-        key = f"raise {lacking}, so that more rows share a step"
-        if self._engine.get("enforce_eager") and self._figures.run.manifest.get("device") != "cpu":
-            key = "set engine.enforce_eager=false, so that steps run as CUDA graphs"
+        key = self._against_gaps()
+        if share < 0.1 or key is None or sum(parts.values()) * 1e6 < share * self._wall / 2:
+            return
         yield Finding(
             text=f"the device had nothing to do for {share:.0%} of the time: {key}",
             evidence="; ".join(f"{name} {amount / 1e3:.2f} s" for name, amount in parts.items())
             + f" over {self._figures.num_steps:,} steps, partly beside the device",
             share=share,
         )
+
+    @property
+    def _first_wait_ns(self) -> float:
+        """From the start of generating to the first step, in which the first rows are read and tokenised."""
+        segments = [segment for segment in self._figures.segments if segment.num_steps]
+        waits = [max(segment.column("start_ns")[0] - span(segment).generate_start_ns, 0) for segment in segments]
+        return float(sum(waits)) / max(len({segment.replica for segment in self._figures.segments}), 1)
+
+    def _against_gaps(self) -> str | None:
+        if self._engine.get("enforce_eager") and self._figures.run.manifest.get("device") != "cpu":
+            return "set engine.enforce_eager=false, so that steps run as CUDA graphs"
+        if self._of_decode(self._is_kv_full) >= 0.1:
+            return f"raise {self._kv_key}, so that more rows share a step"
+        if self._of_decode(self._is_full_of_slots & (self._waiting > 0)) >= 0.1:
+            return "raise engine.max_num_seqs, so that more rows share a step"
+        return None
 
     def _padding(self) -> Iterator[Finding]:
         share = self._share(PADDING)
@@ -254,8 +269,11 @@ def unfinished(figures: RunFigures) -> str | None:
         parts.append(f"{len(attempts)} attempts")
     if killed:
         last = max((span(segment).end_ns for segment in figures.segments), default=0)
+        if killed[-1] == attempts[-1].number and is_locked(run.path):
+            parts.append(f"attempt {killed.pop()} is still running")
         several = "s" if len(killed) > 1 else ""
-        parts.append(f"attempt{several} {', '.join(map(str, killed))} did not end by itself")
+        if killed:
+            parts.append(f"attempt{several} {', '.join(map(str, killed))} did not end by itself")
         if not run.is_complete:
             parts.append(f"the records end {last / 1e9:.1f} s after the start")
     return "; ".join(parts) or None

@@ -6,11 +6,10 @@ from io import StringIO
 from pathlib import Path
 
 import duckdb
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.analysis.answers import generations_file, whole_lines
+from jobs.analysis.answers import answer_rows, generations_file
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.tables import read_table
@@ -30,6 +29,17 @@ _ANSWER_TYPES = {
     "num_output_tokens": pa.int64(),
 }
 """Columns that every generations file has; None where the type is the values' own."""
+_MAX_QUOTED = 40
+
+
+_CONFINED = (
+    "enable_progress_bar = false",
+    "temp_directory = ''",  # else a large sort makes .tmp where the user stands
+    "enable_external_access = false",
+    "autoinstall_known_extensions = false",
+    "autoload_known_extensions = false",
+    "lock_configuration = true",  # last: nothing can be set after it
+)
 
 
 def connect(runs: Sequence[RecordedRun], sql: str = "") -> duckdb.DuckDBPyConnection:
@@ -37,10 +47,11 @@ def connect(runs: Sequence[RecordedRun], sql: str = "") -> duckdb.DuckDBPyConnec
 
     Those that `sql` does not name are not read, unless it names none. Every view begins with `run`, the directory's
     name; `runs` has one row a run: its configuration's values and its figures. Columns that a run lacks, such as a kept
-    column of another's generations, are null.
+    column of another's generations, are null. A query can reach the views alone: no file, no network, no setting.
     """
     connection = duckdb.connect()
-    connection.execute("set enable_progress_bar = false")
+    for setting in _CONFINED:
+        connection.execute(f"set {setting}")
     names = (*TABLES, ANSWERS, RUNS)
     for name in [name for name in names if name in sql.lower()] or names:
         connection.register(name, _content(runs, name))
@@ -57,11 +68,25 @@ def _content(runs: Sequence[RecordedRun], name: str) -> pa.Table:
 
 def query(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
     """What the query answers, as DuckDB draws it; UsageError with DuckDB's message where it cannot."""
+    given = " ".join(sql.split())
     try:
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1:
+            raise UsageError(f"sql={given}: has {len(statements)} statements, must be one")
         answer = connection.sql(sql)
         return "" if answer is None else _drawn(answer)
     except duckdb.Error as error:
-        raise UsageError(f"sql={sql}: {error}") from error
+        raise UsageError(f"sql={given}: {_in_one_line(str(error))}") from error
+
+
+def _in_one_line(message: str) -> str:
+    """DuckDB draws a caret under the place; here the place is quoted."""
+    reason, _, drawn = message.partition("\n\nLINE ")
+    number, _, below = drawn.partition(": ")
+    line, _, caret = below.partition("\n")
+    place = caret.find("^") - len(f"LINE {number}: ")
+    where = f" (line {number}, at {line[place : place + _MAX_QUOTED]!r})" if place >= 0 else ""
+    return " ".join(reason.split()) + where
 
 
 def _drawn(answer: duckdb.DuckDBPyRelation) -> str:
@@ -120,7 +145,7 @@ def answers_table(run: Path) -> pa.Table:
     if path is not None and path.suffix == ".parquet":
         return pq.read_table(path)
     # Through our reader and not DuckDB's: of a run that was killed the last line may be torn.
-    rows = [] if path is None else [msgspec.json.decode(line) for line in whole_lines(path)]
+    rows = [] if path is None else list(answer_rows(path))
     names = list(dict.fromkeys([*_ANSWER_TYPES, *(name for row in rows for name in row)]))
     return pa.table({name: _column([row.get(name) for row in rows], _ANSWER_TYPES.get(name)) for name in names})
 

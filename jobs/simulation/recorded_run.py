@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.analysis.tables import read_table
-from jobs.manifest import NAME
+from jobs.manifest import NAME, check_version
 from jobs.simulation.settings import Settings
 from jobs.usage import UsageError
 from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
@@ -129,6 +129,7 @@ class RecordedRun:
             raise self._error(f"is no run directory: it has no {NAME}")
         try:
             content = json.loads(path.read_bytes())
+            check_version(content)
         except (ValueError, OSError) as error:
             raise self._error(f"its {NAME} cannot be read: {error}") from error
         missing = [name for name in ("config", "status", "attempts") if name not in content]

@@ -11,6 +11,9 @@ from jobs.simulation.predictor import Prediction, Predictor
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import KEYS, Settings
 
+POOR_STEP, POOR_TOTAL = 0.25, 0.10
+"""Errors of held-out steps above which predictions come with a warning."""
+
 
 def fit_lines(predictor: Predictor) -> list[str]:
     """The costs and how good they are."""
@@ -31,6 +34,11 @@ def fit_lines(predictor: Predictor) -> list[str]:
     if model.warm_up_ms:
         lines.append(f"  warm-up         {model.warm_up_ms:.0f} ms in all")
     lines.append(f"  error held out  {_error(costs)}; {costs.num_outliers} outliers")
+    if costs.error.mape > POOR_STEP or abs(costs.error.total) > POOR_TOTAL:
+        lines.append(
+            f"  warning: the costs fit these steps poorly (good is a step within {POOR_STEP:.0%}, the total within "
+            f"{POOR_TOTAL:.0%}); what is predicted with them may be as far off"
+        )
     lines.append(
         f"  calibrated      {predictor.calibration:.3f} x the time of all steps: what this run took, costs and stalls"
     )
@@ -85,9 +93,15 @@ def _measured(run: RecordedRun) -> list[str]:
         "",
         f"{requests['num_cached_tokens'].to_numpy().sum() / max(prompts, 1):.1%}",
         f"{run.column('num_preempted').sum():,}",
-        f"{np.quantile(ended, 0.5):.2f}",
-        f"{np.quantile(ended, 0.99):.2f}",
+        _quantile(ended, 0.5),
+        _quantile(ended, 0.99),
     ]
+
+
+def _quantile(seconds: np.ndarray, quantile: float) -> str:
+    """Of the rows that have finished, whose time is not NaN."""
+    finished = seconds[~np.isnan(seconds)]
+    return f"{np.quantile(finished, quantile):.2f}" if len(finished) else "-"
 
 
 def _job_seconds(run: RecordedRun) -> str:
@@ -97,17 +111,17 @@ def _job_seconds(run: RecordedRun) -> str:
 
 def _cells(prediction: Prediction, same: Prediction) -> list[str]:
     outcome = prediction.outcome
-    latencies = prediction.latencies_s if len(prediction.latencies_s) else np.array([np.nan])
-    speed = prediction.output_tokens_per_s / same.output_tokens_per_s if same.output_tokens_per_s else np.nan
+    latencies = prediction.latencies_s
+    faster = prediction.output_tokens_per_s / same.output_tokens_per_s if same.output_tokens_per_s else None
     return [
         f"{prediction.steps_s:.2f}",
         f"{prediction.job_s:.2f}",
         f"{prediction.output_tokens_per_s:,.0f}",
-        f"{speed:.2f}x",
+        "-" if faster is None else f"{faster:.2f}x",
         f"{outcome.hit_rate:.1%}",
         f"{outcome.num_preemptions:,}",
-        f"{np.quantile(latencies, 0.5):.2f}",
-        f"{np.quantile(latencies, 0.99):.2f}",
+        _quantile(latencies, 0.5),
+        _quantile(latencies, 0.99),
     ]
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.analysis.findings import MOST, Findings
+from jobs.analysis.findings import MOST, Findings, unfinished
 from jobs.analysis.program import main
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
+from jobs.run_lock import RunLock
 from tests.analysis.editing import Row, copied, edit, edit_manifest, rows_of
 from tests.analysis.made_run import Shape, make_run
 
@@ -68,10 +69,51 @@ def test_a_tail_is_found(tmp_path: Path) -> None:
     assert f"the longest output has {longest} tokens" in findings(run)
 
 
-def test_host_gaps_are_found(run: Path, tmp_path: Path) -> None:
-    slow = copied(run, tmp_path / "run")
-    edit(slow, "steps", lambda rows: [row.update(forward_ms=row["forward_ms"] / 2) for row in rows])
-    assert "the device had nothing to do for" in findings(slow)
+def with_gaps(run: Path, prepare_ms: float) -> Path:
+    """The device does half of what it did, and the host works for so long before each step."""
+    change = {"prepare_ms": prepare_ms}
+    edit(run, "steps", lambda rows: [row.update(change, forward_ms=row["forward_ms"] / 2) for row in rows])
+    return run
+
+
+def test_host_gaps_are_found_where_a_limit_is_reached_and_the_hosts_work_makes_them(tmp_path: Path) -> None:
+    few, many, idle = (tmp_path / name for name in ("few", "many", "idle"))
+    assert "raise engine.max_num_seqs, so that" in findings(with_gaps(make_run(few, ROOMY), 1.5))
+    said = findings(with_gaps(make_run(many, replace(ROOMY, max_num_seqs=200)), 5.0))
+    assert "the device had nothing to do" not in said, "no batch was full: there is nothing to raise"
+    said = findings(with_gaps(make_run(idle, ROOMY), 0.01))
+    assert "the device had nothing to do" not in said, "the host did nothing, either"
+
+
+def test_the_wait_for_the_first_rows_is_no_gap_that_a_larger_batch_closes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ROOMY)
+    wait_ns = 10**9
+
+    def begin_later(manifest: Row) -> None:
+        for phase in manifest["attempts"][0]["phases"]:
+            for name in ("start_ns", "end_ns"):
+                is_before = phase["name"] in ("load", "capture") or (phase["name"], name) == ("generate", "start_ns")
+                phase[name] += 0 if is_before else wait_ns
+
+    edit_manifest(run, begin_later)
+    later = [("start_ns", wait_ns), ("end_ns", wait_ns), ("prepare_ms", 50.0)]
+    edit(run, "steps", lambda rows: [row.update({name: row[name] + more for name, more in later}) for row in rows])
+    assert "the device had nothing to do" not in findings(run)
+
+
+def test_a_run_under_way_is_told_from_one_that_was_killed(run: Path, tmp_path: Path) -> None:
+    live = copied(run, tmp_path / "run")
+
+    def unfinish(manifest: Row) -> None:
+        manifest["status"] = "running"
+        manifest["attempts"][-1]["ended"] = None
+
+    edit_manifest(live, unfinish)
+    lock = RunLock(live)
+    figures = RunFigures.of(RecordedRun(live))
+    assert str(unfinished(figures)).startswith("attempt 0 is still running; the records end ")
+    lock.release()
+    assert str(unfinished(figures)).startswith("attempt 0 did not end by itself; the records end ")
 
 
 def test_loading_is_found(run: Path, tmp_path: Path) -> None:

@@ -64,9 +64,55 @@ def test_only_what_a_query_names_is_read(run: Path, tmp_path: Path, capsys: pyte
     assert all(name in tables for name in ("steps", "block_events", "requests", "generations", "runs"))
 
 
-def test_a_mistake_in_a_query_is_one_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("analyze", [f"run={run}", "sql=select nothing from steps"]) == 2
-    assert "Binder Error" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("sql", "says"),
+    [
+        ("select nothing from steps", "Binder Error"),
+        ("select step\n  frum frum steps", "(line 2, at 'frum steps')"),
+        ("select 'open", 'at "\'open")'),
+        ("select 1; select 2", "sql=select 1; select 2: has 2 statements, must be one"),
+        (" ; ", "has 0 statements, must be one"),
+    ],
+)
+def test_a_mistake_in_a_query_is_one_line(sql: str, says: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("analyze", [f"run={run}", f"sql={sql}"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert says in line
+    assert captured.out == ""
+
+
+def test_a_statement_may_end_in_a_semicolon_and_hold_some(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a; b" in said(capsys, "analyze", f"run={run}", "sql=select 'a; b' as x from runs;")
+    assert "321" in said(capsys, "analyze", f"run={run}", "sql=pivot steps on replica using count(*)")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "copy (select * from steps) to '{0}/stolen.csv'",
+        "export database '{0}/stolen'",
+        "attach '{0}/stolen.db'",
+        "select * from read_csv('{0}/secret.csv')",
+        "select * from '{0}/secret.csv'",
+        "select * from glob('{0}/*')",
+        "select content from read_text('{0}/secret.csv')",
+        "install httpfs",
+        "load httpfs",
+        "set enable_external_access = true",
+        "reset lock_configuration",
+        "set temp_directory = '{0}/spilled'",
+        "select * from connection",
+    ],
+)
+def test_a_query_reaches_nothing_but_the_run(
+    sql: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.csv").write_text("known,to\nnobody,else\n")
+    assert main("analyze", [f"run={run}", f"sql={sql.format(tmp_path)}"]) == 2
+    captured = capsys.readouterr()
+    assert "nobody" not in captured.out + captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
 
 
 # Explain

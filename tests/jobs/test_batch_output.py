@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 
+from jobs.analysis.recorded_run import RecordedRun
+from jobs.analysis.views import connect
 from jobs.batch_output import BatchForm
 from jobs.generate_job import COMMAND
 from jobs.launch import launch
@@ -71,6 +73,18 @@ def test_every_answer_is_a_batch_line_of_its_request(run: Finished, plain: Finis
         "text_completion",
         "chat.completion",
     ]
+
+
+def test_the_view_of_generations_is_that_of_our_own_form(run: Finished, plain: Finished):
+    columns = "row, sample, id, text, finish_reason, num_prompt_tokens, num_output_tokens"
+    with connect([RecordedRun(run.directory)]) as connection:
+        found = connection.execute(f"select {columns} from generations order by row").fetchall()
+        joined = connection.execute(
+            "select count(*) from generations g join requests r using (run, row, sample) "
+            "where g.num_output_tokens = r.num_output_tokens"
+        ).fetchone()
+    assert found == [tuple(answer[name] for name in columns.split(", ")) for answer in plain.generations]
+    assert joined == (len(LINES),)
 
 
 def test_every_failure_is_in_the_error_file_and_in_failures_jsonl(run: Finished):

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from jobs.config import GenerateConfig
 from jobs.dry_run import CPU_CACHE_BYTES
-from jobs.earlier_runs import latest_run
+from jobs.earlier_runs import RECENT, EarlierRun, similar_run
 from jobs.generate_job import COMMAND
 from jobs.launch import launch
+from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.runner import kv_cache
 from tests.checkpoints import write_checkpoint
 from tests.jobs.generate_process import ROOT, Row, bundled_rows, generate, write_rows
@@ -24,6 +27,27 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.chdir(directory)
     return directory
+
+
+def found(num_rows: int, on_cpu: bool = True) -> EarlierRun | None:
+    config = GenerateConfig(model=ModelConfig(path="tiny"))
+    return similar_run(config, "tiny", num_rows, on_cpu=on_cpu)
+
+
+def write_manifest(directory: str, minute: int, num_rows: int, **changes: object) -> None:
+    """Of a run that began at this minute; written in the order of the calls."""
+    path = Path("outputs", directory, "manifest.json")
+    path.parent.mkdir(parents=True)
+    content = {
+        "status": "complete",
+        "clock_zero": f"2026-11-24T08:{minute:02d}:00+00:00",
+        "config": asdict(GenerateConfig(model=ModelConfig(path="tiny"))),
+        "device": "cpu",
+        "attempts": [{}],
+        "counts": {"answered": num_rows},
+        "figures": {"seconds": 1.0, "num_prompt_tokens": 9 * num_rows, "num_output_tokens": 5 * num_rows},
+    }
+    path.write_text(json.dumps(content | changes))
 
 
 def lines_of(out: str) -> dict[str, str]:
@@ -72,7 +96,7 @@ def test_repeated_ids_are_information_and_equal_text_and_number_are_two_ids(cwd:
     assert lines_of(capsys.readouterr().out)["ids"].startswith("2 rows repeat an earlier row's id; that is legal")
 
 
-def test_the_time_is_told_from_the_latest_complete_run_of_the_model(cwd: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_time_is_told_from_a_complete_run_of_the_model(cwd: Path, capsys: pytest.CaptureFixture[str]):
     path = write_rows(cwd.parent / "rows.jsonl", bundled_rows(4))
     words = [f"input={path}", "sampling.max_tokens=8", "sampling.ignore_eos=true"]
     assert launch(COMMAND, ["dry_run=true", *words]) == 0
@@ -80,18 +104,42 @@ def test_the_time_is_told_from_the_latest_complete_run_of_the_model(cwd: Path, c
     assert launch(COMMAND, ["progress=off", *words]) == 0
     capsys.readouterr()
     (directory,) = Path("outputs").glob("*/*")
-    run = latest_run("tiny")
+    run = found(num_rows=4)
     assert run is not None
     assert (run.directory, run.output_tokens_per_row) == (directory, 8.0)
     assert launch(COMMAND, ["dry_run=true", *words]) == 0
     told = lines_of(capsys.readouterr().out)["time"]
     assert told.startswith(f"about {run.seconds:.0f} s of steps")
-    assert f"{directory} (8 tokens a row, cpu)" in told
+    assert f"{directory} (4 rows, 32 output tokens, 8 a row, cpu)" in told
     manifest = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps(manifest | {"status": "failed"}))
-    assert latest_run("tiny") is None
+    assert found(num_rows=4) is None
     (directory / "manifest.json").write_text("{")
-    assert latest_run("tiny") is None
+    assert found(num_rows=4) is None
+
+
+def test_the_run_that_is_most_like_it_tells_the_time(cwd: Path):
+    def directory(num_rows: int, on_cpu: bool = True) -> str | None:
+        run = found(num_rows, on_cpu)
+        return None if run is None else str(run.directory.relative_to("outputs"))
+
+    other = asdict(GenerateConfig(model=ModelConfig(path="tiny"), engine=EngineConfig(max_num_seqs=255)))
+    write_manifest("2026-11-24/large", 5, 300)
+    write_manifest("2026-11-24/larger", 6, 400)
+    write_manifest("multirun/2026-11-24/10-00/0", 1, 350)
+    write_manifest("2026-11-24/tiny", 9, 2)
+    write_manifest("2026-11-24/other", 7, 9000, config=other)
+    write_manifest("2026-11-24/resumed", 7, 9000, attempts=[{}, {}])
+    write_manifest("2026-11-24/failed", 7, 9000, status="failed")
+    write_manifest("2026-11-24/gpu", 7, 9000, device="NVIDIA H100")
+    assert directory(300) == directory(10_000) == directory(128) == "2026-11-24/larger"
+    assert directory(300, on_cpu=False) == "2026-11-24/gpu"
+    assert directory(2) == directory(4) == "2026-11-24/tiny"
+    assert directory(5) is directory(50) is None, "neither 2 rows at once nor 256 tell of 50"
+    for minute in range(10, 10 + RECENT):
+        write_manifest(f"multirun/2026-11-24/11-00/{minute}", minute, 200 + minute)
+    write_manifest("multirun/2026-11-24/12-00/0", 0, 9000)
+    assert directory(300) == f"multirun/2026-11-24/11-00/{9 + RECENT}", "of the latest ones, by when they began"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,19 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.parametrize(("version", "says"), [(2, "schema_version=2 is newer than 1"), (None, "no run's manifest")])
+def test_a_run_of_a_newer_version_is_refused_and_left_alone(
+    version: int | None, says: str, broken_off: Path, capfd: pytest.CaptureFixture[str]
+):
+    (broken_off / "manifest.json").write_text(json.dumps(manifest(broken_off) | {"schema_version": version}))
+    (broken_off / ".manifest.json.1.tmp").write_text("of the newer version")
+    before = contents(broken_off)
+    assert go_on() == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert says in line
+    assert contents(broken_off) == before
+
+
 def test_a_run_goes_on_where_it_ended_and_comes_to_the_same(broken_off: Path, reference: dict[str, bytes]):
     answered = json_lines(broken_off / "generations.partial.jsonl")
     before = {path.name for path in broken_off.parent.iterdir()}

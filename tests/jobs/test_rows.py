@@ -153,7 +153,7 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ("[1, 2]", "not_object", "the line is a list"),
     ('"text"', "not_object", 'the string "text"'),
     ("5", "not_object", "the number 5"),
-    ("null", "not_object", "must be an object"),
+    ("null", "not_object", "the line is null, must be an object"),
     ({"prompt": "hi", "id": 1.5}, "bad_id", "id is the number 1.5"),
     ({"prompt": "hi", "id": True}, "bad_id", "id is a boolean"),
     ({"prompt": "hi", "id": [1]}, "bad_id", "id is a list"),
@@ -175,6 +175,8 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"messages": "hi"}, "bad_messages", 'messages is the string "hi"'),
     ({"messages": ["hi"]}, "bad_messages", "messages[0] is the string"),
     ({"messages": [{"role": "user"}]}, "bad_messages", "messages[0].content is missing"),
+    ({"messages": [{"role": "user", "content": None}]}, "bad_messages", "messages[0].content is null, must be"),
+    ({"messages": [None]}, "bad_messages", "messages[0] is null, must be"),
     ({"messages": [{"content": "hi"}]}, "bad_messages", "messages[0].role is null"),
     (
         {"messages": [CHAT["messages"][0], {"role": "robot", "content": ""}]},
@@ -227,6 +229,7 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"prompt": "hi", "sampling": {"top_p": 0}}, "bad_sampling", "sampling.top_p=0"),
     ({"prompt": "hi", "sampling": {"top_k": 2**31}}, "bad_sampling", "sampling.top_k=2147483648"),
     ({"prompt": "hi", "sampling": {"max_tokens": 0}}, "bad_sampling", "sampling.max_tokens=0"),
+    ({"prompt": "hi", "sampling": {"max_tokens": "5"}}, "bad_sampling", "sampling.max_tokens='5': must be an integer"),
     ({"prompt": "hi", "sampling": {"max_tokens": 2**63}}, "bad_sampling", "sampling.max_tokens="),
     ({"prompt": "hi", "sampling": {"stop": ""}}, "bad_sampling", "sampling.stop=''"),
     ({"prompt": "hi", "sampling": {"stop": ["x"] * 10_000 + [1]}}, "bad_sampling", "sampling.stop=['x'"),
@@ -255,7 +258,8 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"custom_id": "c", "body": CHAT | {"tool_choice": "required"}}, "unsupported_key", '"tool_choice"'),
     ({"custom_id": "c", "body": CHAT, "tools": []}, "bad_batch_line", "tools stands beside body"),
     ({"custom_id": "c", "body": CHAT | {"top_p": 2}}, "bad_sampling", "sampling.top_p=2"),
-    ({"custom_id": "c", "body": {"prompt": ["a", "b"]}}, "bad_token_ids", 'is "a"'),
+    ({"custom_id": "c", "body": {"prompt": ["a", "b"]}}, "bad_token_ids", 'body.prompt[0] is "a", must be'),
+    ({"custom_id": "c", "body": {"prompt": []}}, "empty_prompt", "body.prompt is an empty list"),
     ({"custom_id": "c", "body": {"prompt": ""}}, "empty_prompt", "empty string"),
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run_lock import Locked, RunLock
+from jobs.run_lock import Locked, RunLock, is_locked
 
 HOLDER = """
 import sys, time
@@ -28,6 +28,16 @@ time.sleep(0.2)
 print(child.pid, flush=True)
 time.sleep(60)
 """
+
+
+def test_whether_a_run_is_locked_can_be_asked(tmp_path: Path):
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    lock = RunLock(tmp_path)
+    assert is_locked(tmp_path)
+    lock.release()
+    assert not is_locked(tmp_path)
+    RunLock(tmp_path).release()
 
 
 def test_a_second_lock_is_refused_until_the_first_is_given_back(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +19,7 @@ from jobs.simulate import main
 from jobs.simulation.grid import span
 from jobs.simulation.settings import KEYS, Settings
 from jobs.usage import UsageError
+from tests.analysis.editing import edit
 from tests.jobs.generate_process import ROOT
 from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run
 
@@ -75,6 +78,26 @@ def test_a_grid_is_one_table(run: Path, capsys: pytest.CaptureFixture[str]):
     assert any("error held out" in line for line in lines)
 
 
+def test_latencies_of_rows_that_never_end_are_no_numbers(run: Path, capsys: pytest.CaptureFixture[str]):
+    lines = simulated(capsys, f"run={run}", "engine.max_model_len=16")
+    (line,) = [line for line in lines if line.startswith("engine.max_model_len=16  ")]
+    assert line.split()[-2:] == ["-", "-"]
+    assert not any("nan" in line for line in lines)
+
+
+def test_a_poor_fit_comes_with_a_warning(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert not any("warning" in line for line in simulated(capsys, f"run={run}"))
+    noisy = tmp_path / "noisy"
+    shutil.copytree(run, noisy)
+    draw = random.Random(3)
+    edit(
+        noisy, "steps", lambda rows: [row.update(forward_ms=row["forward_ms"] * draw.choice([0.2, 3])) for row in rows]
+    )
+    for words in ([], [f"against={run}"]):
+        lines = simulated(capsys, f"run={noisy}", *words)
+        assert sum("warning: the costs fit these steps poorly" in line for line in lines) == 1
+
+
 def test_a_search_prints_the_words_of_the_best_configuration(run: Path, capsys: pytest.CaptureFixture[str]):
     lines = simulated(capsys, f"run={run}", "search=true", "engine.max_num_seqs=4,16,60", "kv.num_blocks=null,60")
     best = next(line for line in lines if line.startswith("best: ")).removeprefix("best: ")
@@ -124,7 +147,7 @@ def test_values_that_do_not_go_together_are_named_beside_those_that_do(run: Path
         (["{run}", "+kv.block_size=16"], "+kv.block_size=16: cannot be simulated"),
         (["{run}", "--multirun"], "--multirun: not a word of this command"),
         (["{run}", "kv.block_size=0"], "kv.block_size=0: must be an integer from 1 to 4096"),
-        (["{run}", "kv.block_size=big"], "kv.block_size=big: must be an integer from 1 to 4096"),
+        (["{run}", "kv.block_size=big"], "kv.block_size='big': must be an integer from 1 to 4096"),
         (["{run}", "kv.block_size=[16,32]"], "kv.block_size=[16, 32]: must be an integer from 1 to 4096"),
         (["{run}", "kv.block_size=16,"], "kv.block_size=16,: "),
         (["{run}", "kv.block_size=interval(16,32)"], "kv.block_size=interval(16,32): an interval cannot be swept"),
@@ -141,10 +164,17 @@ def test_what_cannot_be_is_one_message(run: Path, words: list[str], message: str
     assert said.startswith(message) or message in said
 
 
+def test_a_run_of_a_newer_version_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "manifest.json").write_text(
+        json.dumps(json.loads((run / "manifest.json").read_text()) | {"schema_version": 2})
+    )
+    assert "schema_version=2 is newer than 1" in complaint(capsys, f"run={tmp_path}")
+
+
 def test_a_run_that_left_no_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     directory = tmp_path / "run"
     directory.mkdir()
-    manifest = {"config": {}, "status": "running", "attempts": []}
+    manifest = {"schema_version": 1, "config": {}, "status": "running", "attempts": []}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert "has no `engine`" in complaint(capsys, f"run={directory}")
     (directory / "manifest.json").write_text("{")
