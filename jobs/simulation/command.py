@@ -135,9 +135,8 @@ def _directories(pattern: str) -> list[Path]:
 
 
 def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
-    if not run.can_be_compared:
-        why = "its rows came by time" if run.is_whole else "it was interrupted"
-        return f"not compared ({why})"
+    if run.why_not_compared is not None:
+        return f"not compared ({run.why_not_compared})"
     difference = compare_events(run, ledger)
     return f"identical ({len(ledger.columns()['step']):,})" if difference is None else f"differ at {difference}"
 
