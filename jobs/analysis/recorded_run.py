@@ -43,7 +43,6 @@ class Attempt:
     """The engine's settings as they came out; empty where the attempt did not get so far. A resumed run may have others
     than before."""
 
-
     def phases_have(self, name: str) -> bool:
         return any(name == found for found, _, _ in self.phases)
 
