@@ -144,6 +144,8 @@ def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
 def _rows_lines(predictor: Predictor) -> list[str]:
     rows = predictor.rows
     lines = [f"{len(rows):,} rows, {int(rows.num_output_tokens.sum()):,} output tokens"]
+    if predictor.run.num_unrecorded_attempts:
+        lines.append("  note: rows of attempts with recorder=off are left out")
     if rows.num_left_out:
         lines.append(f"  note: {rows.num_left_out:,} rows never ended and are left out")
     if rows.num_known_outputs < len(rows):

@@ -83,6 +83,10 @@ class RecordedRun:
         return len(self.manifest["attempts"])
 
     @property
+    def num_unrecorded_attempts(self) -> int:
+        return self.num_attempts - len(self._attempts)
+
+    @property
     def can_be_compared(self) -> bool:
         """Whether a simulation can do just what the run did."""
         return self.why_not_compared is None

@@ -224,6 +224,7 @@ def test_what_several_attempts_took_is_of_one_scope(run: Path, tmp_path: Path, c
     predicted = next(line.split() for line in lines if line.startswith("as recorded, predicted"))
     assert float(predicted[4]) - float(predicted[3]) == pytest.approx(3.0 + 0.25 + 0.5, abs=0.011)
     assert any("not compared (it took 3 attempts)" in line for line in lines)
+    assert "  note: rows of attempts with recorder=off are left out" in lines
     content["status"] = "failed"
     (several / "manifest.json").write_text(json.dumps(content))
     assert any("not compared (it is failed)" in line for line in simulated(capsys, f"run={several}"))
