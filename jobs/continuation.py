@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.manifest import Manifest
+from jobs.manifest import Manifest, is_recorded
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -17,20 +17,22 @@ class Continuation:
     """The numbers that no earlier attempt has used."""
 
     first_step: int = 0
-    """Behind the last one that the records have: a killed attempt's later steps are as if they had not been."""
+    """Behind the last one that the records have: an attempt's later steps, which a kill or a full disk has kept from
+    them, are as if they had not been."""
     first_seq_id: int = 0
     last_ns: int = 0
     """The latest reading of the run's clock that is known."""
 
 
 def continuation(directory: Path, manifest: Manifest) -> Continuation:
-    """From the records' footers, and from the manifest for attempts without records."""
+    """From the records' footers, and from the manifest for the steps of attempts without records."""
     from jobs.record_parts import parts_of  # pyarrow: 0.2 s that a first attempt need not spend here
 
     step = seq_id = -1
     last_ns = 0
     for attempt in manifest["attempts"]:
-        step = max(step, attempt.get("last_step", -1))
+        if not is_recorded(attempt, manifest.get("config")):
+            step = max(step, attempt.get("last_step", -1))
         seq_id = max(seq_id, attempt.get("last_seq_id", -1))
         last_ns = max([last_ns, *(phase["end_ns"] for phase in attempt["phases"])])
     for table, seq_id_column in _SEQ_ID_COLUMNS.items():

@@ -92,6 +92,7 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
     reader = _reader(config)
     power, resumed = config.writer.durability == "power", run.manifest.attempt > 0
+    run.manifest.record_attempt(recorder=config.recorder.enabled, sealed=False)
     figures = Figures()
     with ExitStack() as stack:
         results = stack.enter_context(
@@ -113,7 +114,6 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         if resumed:
             run.manifest.record_attempt(began_with=results.facts())
         assembly = (assemble or _assemble)(config, run, figures, source)
-        stack.callback(_note_numbers, assembly.engine, run)
         _check_dtype(run, assembly)
         stack.callback(assembly.intake.close)
         ready_rows = ReadyRows(rows, assembly.intake, config.sampling)
@@ -122,6 +122,7 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         stages = [results.generations, results.failures]
         tables = _record_tables(config, run, power)
         journal = Journal([*tables, *stages], flush_s=config.recorder.flush_s)
+        stack.callback(_note_end, assembly.engine, journal, run)
         stack.enter_context(closing(journal))
         assembly.engine.recorders += [ParquetRecorder(journal, table) for table in tables]
         run.manifest.record(
@@ -163,7 +164,7 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
             )
             results.remove_logs()  # the manifest names the final files: from here on they are the results
     answers = BUNDLED_PROMPTS if config.input is None else None
-    show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers))
+    show(summary(run.directory, loop.counts(), figures, outputs[0].path, answers, attempt=run.manifest.attempt))
     return EXIT_ROWS_FAILED if results.failures.num_flushed else EXIT_COMPLETE
 
 
@@ -257,10 +258,16 @@ def _note_hashes(hashes: FileHashes, run: Run) -> None:
         run.manifest.record(fingerprint=hashes.fingerprint())
 
 
-def _note_numbers(engine: "LLMEngine", run: Run) -> None:
-    """For an attempt without records, from which a later one could not tell where to go on."""
-    with contextlib.suppress(OSError):  # a disk that fails here has failed before, and then nothing counts on it
-        run.manifest.record_attempt(last_step=engine.last_committed, last_seq_id=engine.next_seq_id - 1)
+def _note_end(engine: "LLMEngine", journal: Journal, run: Run) -> None:
+    """Whether all of the attempt is on the disk, and the numbers that a later one must not use again.
+
+    Which steps there were say the records, as far as they go; without any, the manifest.
+    """
+    facts: dict[str, Any] = {"sealed": journal.is_sealed, "last_seq_id": engine.next_seq_id - 1}
+    if not run.manifest["attempts"][-1]["recorder"]:
+        facts["last_step"] = engine.last_committed
+    with contextlib.suppress(OSError):  # a disk that fails here has failed before; what it said last is not sealed
+        run.manifest.record_attempt(**facts)
 
 
 def _break_off(

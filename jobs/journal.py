@@ -94,6 +94,11 @@ class Journal:
         self._raise_error()
 
     @property
+    def is_sealed(self) -> bool:
+        """Whether it is closed and everything that was appended is on the disk."""
+        return self._is_closed and not self._thread.is_alive() and self._error is None
+
+    @property
     def _wake_at(self) -> int:
         return min(WAKE_AT, self._max_pending)
 

@@ -136,6 +136,15 @@ def check_version(content: Any) -> None:
         )
 
 
+def is_recorded(attempt: Mapping[str, Any], config: Mapping[str, Any] | None) -> bool:
+    """Whether an attempt, by its entry, had recorder=on; `config` is the top level's, for an entry without its own.
+
+    An entry that does not say so itself was written by an earlier version, or by a process that died at once.
+    """
+    recorder = (attempt.get("config") or config or {}).get("recorder") or {}
+    return bool(attempt.get("recorder", recorder.get("enabled", True)))
+
+
 def remove_unfinished(directory: Path) -> None:
     """Removes what killed writers of the manifest have left; the directory must be locked."""
     for path in directory.glob(f".{NAME}.*.tmp"):

@@ -20,9 +20,18 @@ def show(text: str) -> None:
 
 
 def summary(
-    directory: Path, counts: Mapping[str, Any], figures: Figures, generations: Path, answers: Path | None
+    directory: Path,
+    counts: Mapping[str, Any],
+    figures: Figures,
+    generations: Path,
+    answers: Path | None,
+    *,
+    attempt: int = 0,
 ) -> str:
-    """A few aligned lines from GenerateLoop's counts; `answers` is the input file when its rows carry the answers."""
+    """A few aligned lines from GenerateLoop's counts; `answers` is the input file when its rows carry the answers.
+
+    Counts and score are the run's, `figures` those of its last attempt, the number of which is `attempt`.
+    """
     lines = [
         ("run directory", os.path.relpath(directory)),
         ("rows", f"{counts['answered']:,} answered, {counts['failed']:,} failed"),
@@ -30,6 +39,8 @@ def summary(
     if counts["failed"]:
         by_code = ", ".join(f"{code} {number:,}" for code, number in counts["failed_by_code"].items())
         lines.append(("failures", f"{by_code}; the rows and reasons are in failures.jsonl"))
+    if attempt:
+        lines.append((f"attempt {attempt}", "alone has the tokens, speed, prefix cache and preemptions that follow"))
     lines += figures.lines()
     if answers is not None:
         lines.append(("score", _score_line(answers, generations, counts["rows"])))

@@ -26,6 +26,8 @@ class Audit:
     num_requests: int
     num_attempts: int
     seconds: float
+    note: str | None
+    """What the records do not have, so that no law was about it."""
     violations: list[Violation]
     """By place; the first of each law and attempt."""
 
@@ -38,6 +40,7 @@ class Audit:
             f"{self.num_steps:,} steps, {self.num_block_events:,} block events and {self.num_requests:,} requests "
             f"of {self.num_attempts} attempt{'s' if self.num_attempts != 1 else ''} in {self.seconds:.1f} s"
         )
+        looked_at += f"\n  {self.note}" if self.note else ""
         if self.first is None:
             return f"{self.run}: sound: {looked_at}"
         others = f" ({len(self.violations) - 1} more follow)" if len(self.violations) > 1 else ""
@@ -57,6 +60,7 @@ def audit(path: Path) -> Audit:
         num_requests=run.requests.num_rows,
         num_attempts=len(run.attempts),
         seconds=time.monotonic() - start,
+        note=run.note_on_unrecorded,
         violations=violations,
     )
 

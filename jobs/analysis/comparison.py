@@ -23,8 +23,10 @@ class Comparison:
         self.same = True
 
     def lines(self) -> Iterator[str]:
-        yield f"a  {self._a.path}  {self._a.status}"
-        yield f"b  {self._b.path}  {self._b.status}"
+        for name, run in (("a", self._a), ("b", self._b)):
+            yield f"{name}  {run.path}  {run.status}"
+            if run.note_on_unrecorded:
+                yield f"   {run.note_on_unrecorded}"
         deltas = config_deltas([self._a, self._b])
         yield ""
         yield "configuration" if deltas else "the configurations are the same"
@@ -49,6 +51,10 @@ class Comparison:
         pairs = list(zip(segments(self._a), segments(self._b), strict=False))
         for of_a, of_b in pairs:
             where = f"attempt {of_a.attempt.number}, " if len(pairs) > 1 else ""
+            if of_a.attempt.is_recorded != of_b.attempt.is_recorded:
+                self.same = False
+                yield f"schedule: {where}is recorded in {'a' if of_a.attempt.is_recorded else 'b'} alone"
+                return
             difference = _first_schedule_difference(of_a, of_b)
             if difference is not None:
                 self.same = False

@@ -32,7 +32,8 @@ def _known_rows(run: RecordedRun) -> str:
     rows = run.requests["row"].to_pylist()
     if not rows:
         return "no request has ended"
-    return f"its records have {len(set(rows)):,} rows, {min(rows)} to {max(rows)}"
+    note = f"; {run.note_on_unrecorded}" if run.note_on_unrecorded else ""
+    return f"its records have {len(set(rows)):,} rows, {min(rows)} to {max(rows)}{note}"
 
 
 ANALYSIS = Analysis(

@@ -276,4 +276,11 @@ def unfinished(figures: RunFigures) -> str | None:
             parts.append(f"attempt{several} {', '.join(map(str, killed))} did not end by itself")
         if not run.is_complete:
             parts.append(f"the records end {last / 1e9:.1f} s after the start")
+    parts += [
+        f"the records of attempt {attempt.number} were not written to their end"
+        for attempt in attempts
+        if attempt.has_ended and attempt.is_recorded and attempt.phases_have("generate") and not attempt.is_sealed
+    ]
+    if run.note_on_unrecorded:
+        parts.append(run.note_on_unrecorded)
     return "; ".join(parts) or None

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.analysis import tables
-from jobs.manifest import COMPLETE, FAILED
+from jobs.manifest import COMPLETE, FAILED, is_recorded
 from jobs.manifest import NAME as MANIFEST
 from jobs.manifest import SCHEMA_VERSION as MANIFEST_VERSION
 from jobs.usage import UsageError
@@ -32,11 +32,19 @@ class Attempt:
     has_ended: bool
     """Whether it came to an end of its own, and was not killed."""
     is_sealed: bool
-    """Whether it ended after it had begun to generate, and closed its records; a killed one's may stop anywhere."""
+    """Whether it ended after it had begun to generate, and closed its records; those of one that was killed, or whose
+    disk failed, may stop anywhere."""
+    is_recorded: bool
+    """False: it ran with recorder=off, and no table has anything of it."""
+    last_step: int
+    """Where it was not recorded, the last step that it counted; -1 where that is not known."""
     has_failed: bool
     engine: Mapping[str, Any]
     """The engine's settings as they came out; empty where the attempt did not get so far. A resumed run may have others
     than before."""
+
+    def phases_have(self, name: str) -> bool:
+        return any(name == found for found, _, _ in self.phases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +90,9 @@ class RecordedRun:
         listed = self.manifest["attempts"]
         zero = datetime.fromisoformat(self.manifest["clock_zero"])
         # What the top level says is the last attempt's, and an earlier one's where it does not say itself.
-        engine = self.manifest.get("engine")
-        earlier = [_attempt({"status": None, "engine": engine, **found}, zero) for found in listed[:-1]]
-        return [*earlier, _attempt({**listed[-1], "status": self.status, "engine": engine}, zero)]
+        last = {"engine": self.manifest.get("engine"), "config": self.manifest.get("config")}
+        earlier = [_attempt({"status": None, **last, **found}, zero) for found in listed[:-1]]
+        return [*earlier, _attempt({**listed[-1], **last, "status": self.status}, zero)]
 
     @cached_property
     def steps(self) -> pa.Table:
@@ -132,6 +140,18 @@ class RecordedRun:
             raise UsageError(f"{self.path}: {self.why_no_records}")
 
     @property
+    def note_on_unrecorded(self) -> str | None:
+        """What a reader must know where the run has records, and some of its attempts have none."""
+        numbers = [attempt.number for attempt in self.attempts if not attempt.is_recorded]
+        if not numbers or not self.has_records:
+            return None
+        several = "s" if len(numbers) > 1 else ""
+        return (
+            f"attempt{several} {', '.join(map(str, numbers))} ran with recorder=off: rows, steps and tokens of "
+            f"{'these' if several else 'it'} are not in the records"
+        )
+
+    @property
     def why_no_records(self) -> str:
         return f"has no records; the run was made with recorder=off, or never began (its status is {self.status})"
 
@@ -162,7 +182,11 @@ def _attempt(found: Mapping[str, Any], zero: datetime) -> Attempt:
         started_ns=0 if found["attempt"] == 0 else first,
         phases=phases,
         has_ended=found.get("ended") is not None and found["status"] != KILLED,
-        is_sealed=found.get("ended") is not None and any(name == "generate" for name, _, _ in phases),
+        is_sealed=found.get("ended") is not None
+        and any(name == "generate" for name, _, _ in phases)
+        and found.get("sealed", True),
+        is_recorded=is_recorded(found, None),
+        last_step=found.get("last_step", -1),
         has_failed=found["status"] == FAILED,
         engine=found["engine"] or {},
     )

@@ -16,17 +16,18 @@ ANSWERED = ("stop", "length")
 
 
 def step_number_violations(run: RecordedRun) -> Iterator[Violation]:
-    """Steps count from 0 without gaps, over attempts too."""
+    """Steps count from 0 without gaps, over attempts too, but for the steps of attempts that were not recorded."""
     replicas, steps = run.step_column("replica"), run.step_column("step")
     attempts = run.step_column("attempt")
     for replica in np.unique(replicas):
         here = np.flatnonzero(replicas == replica)
-        wrong = np.flatnonzero(steps[here] != np.arange(len(here)))
+        expected = _expected_steps(run, attempts[here])
+        wrong = np.flatnonzero(steps[here] != expected)
         if len(wrong):
             at = here[wrong[0]]
             yield Violation(
                 law="step numbers have a gap",
-                detail=f"step {steps[at]} follows on {wrong[0]} steps",
+                detail=f"step {steps[at]} follows on {expected[wrong[0]]} steps",
                 replica=int(replica),
                 attempt=int(attempts[at]),
                 step=int(steps[at]),
@@ -38,6 +39,17 @@ def step_number_violations(run: RecordedRun) -> Iterator[Violation]:
         yield Violation(
             law="a seq_id is used twice", detail="two requests have it", replica=int(replica), seq_id=int(seq_id)
         )
+
+
+def _expected_steps(run: RecordedRun, attempts: np.ndarray) -> np.ndarray:
+    """The numbers that the steps of one replica must have, whose attempts these are."""
+    expected = np.arange(len(attempts))
+    for attempt in run.attempts:
+        later = np.flatnonzero(attempts > attempt.number)
+        if not attempt.is_recorded and len(later):
+            first = later[0]
+            expected[first:] += max(attempt.last_step + 1 - expected[first], 0)
+    return expected
 
 
 def row_violations(run: RecordedRun) -> Iterator[Violation]:
@@ -77,12 +89,14 @@ def _missing_rows(run: RecordedRun, rows: set[int]) -> Iterator[Violation]:
 def _answers_of_requests(run: RecordedRun, answers: Answers, failed: set[int]) -> Iterator[Violation]:
     """Each answer is that of a recorded request, and each request that ended has its answer.
 
-    A killed attempt may lack either: its last rows' requests, or an answer that never was on disk.
+    A killed attempt may lack either: its last rows' requests, or an answer that never was on disk. One that was not
+    recorded has no requests at all.
     """
     found = requests_by_row(run)
     for requests in found.values():
         yield from _computed_twice(requests)
-    killed = max((attempt.number for attempt in run.attempts if not attempt.is_sealed), default=-1)
+    incomplete = [attempt.number for attempt in run.attempts if not (attempt.is_sealed and attempt.is_recorded)]
+    last_incomplete = max(incomplete, default=-1)
     answered = set()
     columns = (answers.num_prompt_tokens, answers.num_output_tokens)
     keys = zip(answers.row.tolist(), answers.sample.tolist(), strict=True)
@@ -91,7 +105,7 @@ def _answers_of_requests(run: RecordedRun, answers: Answers, failed: set[int]) -
         requests = found.get(key, [])
         last = max((request.attempt for request in requests), default=-1)
         answer = (int(numbers[0]), int(numbers[1]), reason)
-        if any(answer == request.answer for request in requests) or killed > last:
+        if any(answer == request.answer for request in requests) or last_incomplete > last:
             continue
         if not requests:
             yield _of_row("a row has no request", *key, f"{_name(answers)} has it, the records do not")

@@ -41,7 +41,9 @@ class RunFigures:
 
     @cached_property
     def generate_s(self) -> float:
-        spans = [span(segment) for segment in self.segments if segment.replica == self.segments[0].replica]
+        """Of the attempts that were recorded, as the tokens are."""
+        recorded = [segment for segment in self.segments if segment.attempt.is_recorded]
+        spans = [span(segment) for segment in recorded if segment.replica == self.segments[0].replica]
         return sum(found.generate_end_ns - found.generate_start_ns for found in spans) / 1e9
 
     @property

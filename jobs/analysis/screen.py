@@ -8,7 +8,7 @@ from jobs.analysis.findings import Findings, unfinished
 from jobs.analysis.latencies import seconds, slow_rows
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.text_plot import bar, over_time, rate_over_time, spark
-from jobs.analysis.time_ledger import PLACES
+from jobs.analysis.time_ledger import PLACES, UNRECORDED
 
 PLOT_WIDTH = 60
 NUM_SLOW_ROWS = 3
@@ -58,6 +58,8 @@ def _ledger(figures: RunFigures) -> Iterator[str]:
     yield f"wall time {figures.wall_s:,.2f} s"
     for place, meaning in PLACES.items():
         amount = figures.ledger[place]
+        if place == UNRECORDED and not amount:  # as nearly always
+            continue
         share = amount / wall if wall else 0.0
         yield f"  {place:10s} {amount / 1e9:9.3f} s {share:6.1%}  {bar(share, 16):16s}  {meaning}"
     yield f"  {'sum':10s} {wall / 1e9:9.3f} s {1 if wall else 0:6.1%}"

@@ -7,7 +7,8 @@ import numpy as np
 from jobs.analysis.segments import Segment
 
 LOAD, CAPTURE, PREFILL, DECODE, TAIL = "load", "capture", "prefill", "decode", "tail"
-RECOMPUTE, PADDING, HOST, WRITE, OTHER = "recompute", "padding", "host gaps", "writing", "other"
+RECOMPUTE, PADDING, HOST, UNRECORDED = "recompute", "padding", "host gaps", "unrecorded"
+WRITE, OTHER = "writing", "other"
 PLACES = {
     LOAD: "reading the model and its weights",
     CAPTURE: "warming up and capturing CUDA graphs",
@@ -17,6 +18,7 @@ PLACES = {
     RECOMPUTE: "device time of what preempted rows computed again",
     PADDING: "device time of tokens that pad a step to its CUDA graph",
     HOST: "while generating, the device had nothing to do",
+    UNRECORDED: "generating with recorder=off, of which there are no steps",
     WRITE: "writing results and closing the records",
     OTHER: "starting; what lies between; what a killed attempt lost",
 }
@@ -108,9 +110,9 @@ def span(segment: Segment) -> Span:
     if segment.num_steps:
         last = max(last, int(segment.column("end_ns").max()))
     known_end = last
-    if "generate" in phases:
+    if "generate" in phases and (attempt.is_sealed or not attempt.is_recorded):
         generate = phases["generate"]
-    elif segment.num_steps:  # killed: from its first step to its last recorded one
+    elif segment.num_steps:  # killed, or its disk failed: from its first step to its last recorded one
         generate = (int(segment.column("start_ns")[0]), int(segment.column("end_ns").max()))
     else:
         generate = (known_end, known_end)
@@ -134,7 +136,8 @@ def _of_segment(segment: Segment) -> dict[str, float]:
     found = dict.fromkeys(PLACES, 0.0)
     whole = span(segment)
     windows = [(start, end, _PHASES[name]) for name, start, end in segment.attempt.phases if name in _PHASES]
-    windows.append((whole.generate_start_ns, whole.generate_end_ns, HOST))
+    generating = HOST if segment.attempt.is_recorded else UNRECORDED
+    windows.append((whole.generate_start_ns, whole.generate_end_ns, generating))
     cursor = whole.start_ns
     for start, end, place in sorted(windows):
         begin = max(start, cursor)

@@ -20,6 +20,8 @@ def _run(values: Mapping[str, str]) -> int:
     encode = msgspec.json.Encoder().encode
     events = b",\n".join(encode(event) for event in trace_events(run))
     path = write_output(run.path / NAME, b'{"displayTimeUnit":"ms","traceEvents":[\n' + events + b"\n]}\n")
+    if run.note_on_unrecorded:
+        show([run.note_on_unrecorded])
     show([f"{path}  {path.stat().st_size / 1e6:.1f} MB; open it in the Perfetto viewer"])
     return EXIT_DONE
 

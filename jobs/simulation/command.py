@@ -135,9 +135,8 @@ def _directories(pattern: str) -> list[Path]:
 
 
 def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
-    if not run.can_be_compared:
-        why = "its rows came by time" if run.is_whole else "it was interrupted"
-        return f"not compared ({why})"
+    if run.why_not_compared is not None:
+        return f"not compared ({run.why_not_compared})"
     difference = compare_events(run, ledger)
     return f"identical ({len(ledger.columns()['step']):,})" if difference is None else f"differ at {difference}"
 
@@ -145,6 +144,8 @@ def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
 def _rows_lines(predictor: Predictor) -> list[str]:
     rows = predictor.rows
     lines = [f"{len(rows):,} rows, {int(rows.num_output_tokens.sum()):,} output tokens"]
+    if predictor.run.num_unrecorded_attempts:
+        lines.append("  note: rows of attempts with recorder=off are left out")
     if rows.num_left_out:
         lines.append(f"  note: {rows.num_left_out:,} rows never ended and are left out")
     if rows.num_known_outputs < len(rows):

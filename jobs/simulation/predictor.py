@@ -86,11 +86,10 @@ class Predictor:
         recorded, predicted = mine.graph_sizes(mine.settings), run.graph_sizes(outcome.settings)
         num_graphs = len(predicted.decodes) / len(recorded.decodes) if recorded and predicted else 1.0
         outside_s = mine.seconds_of(*PHASES_OUTSIDE) + (num_graphs - 1.0) * mine.seconds_of("capture")
-        around_s = max(mine.seconds_of("generate") - mine.steps_seconds, 0.0)
         return Prediction(
             outcome=outcome,
             steps_s=steps_s,
-            job_s=outside_s + around_s + steps_s,
+            job_s=outside_s + mine.around_seconds + steps_s,
             latencies_s=self.calibration * outcome.latencies_s,
         )
 

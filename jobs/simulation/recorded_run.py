@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.analysis.tables import read_table
-from jobs.manifest import NAME, check_version
+from jobs.manifest import COMPLETE, NAME, check_version, is_recorded
 from jobs.simulation.settings import Settings
 from jobs.usage import UsageError
 from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
@@ -28,6 +29,12 @@ class Phase:
     @property
     def seconds(self) -> float:
         return (self.end_ns - self.start_ns) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    number: int
+    phases: list[Phase]
 
 
 class RecordedRun:
@@ -69,12 +76,29 @@ class RecordedRun:
     @property
     def is_whole(self) -> bool:
         """Whether it ran from beginning to end in one attempt."""
-        return self.manifest["status"] == "complete" and len(self.manifest["attempts"]) == 1
+        return self.manifest["status"] == COMPLETE and self.num_attempts == 1
+
+    @property
+    def num_attempts(self) -> int:
+        return len(self.manifest["attempts"])
+
+    @property
+    def num_unrecorded_attempts(self) -> int:
+        return self.num_attempts - len(self._attempts)
 
     @property
     def can_be_compared(self) -> bool:
         """Whether a simulation can do just what the run did."""
-        return self.is_whole and not self.arrives_by_time
+        return self.why_not_compared is None
+
+    @property
+    def why_not_compared(self) -> str | None:
+        """What keeps a simulation from doing just what the run did, if anything does."""
+        if self.manifest["status"] != COMPLETE:
+            return f"it is {self.manifest['status']}"
+        if self.num_attempts > 1:
+            return f"it took {self.num_attempts} attempts"
+        return "its rows came by time" if self.arrives_by_time else None
 
     @property
     def settings(self) -> Settings:
@@ -106,22 +130,58 @@ class RecordedRun:
         """A column of lists of the steps, one step's values after the other's."""
         return pa.concat_arrays([chunk.flatten() for chunk in self.steps[name].chunks]).to_numpy(zero_copy_only=False)
 
-    def phases(self) -> list[Phase]:
-        """Of the last attempt that has any."""
-        attempts = [attempt["phases"] for attempt in self.manifest["attempts"] if attempt["phases"]]
-        last = attempts[-1] if attempts else []
-        return [Phase(phase["name"], phase["start_ns"], phase["end_ns"]) for phase in last]
-
     def seconds_of(self, *names: str) -> float:
-        """What phases of these names took together."""
-        return sum(phase.seconds for phase in self.phases() if phase.name in names)
+        """What phases of these names took together, in the last attempt that was recorded and has any."""
+        last = self._last_attempt
+        return sum(phase.seconds for phase in last.phases if phase.name in names) if last else 0.0
+
+    @property
+    def around_seconds(self) -> float:
+        """What the same attempt was generating before its first step and behind its last one."""
+        last = self._last_attempt
+        return max(self.seconds_of("generate") - self._steps_seconds.get(last.number, 0.0), 0.0) if last else 0.0
 
     @property
     def steps_seconds(self) -> float:
         """From the first step's start to the last one's end; of several attempts the sum."""
+        return sum(self._steps_seconds.values())
+
+    @property
+    def job_seconds(self) -> float | None:
+        """All phases of the attempts whose steps `steps_seconds` has; None where no phase has ended.
+
+        A killed attempt never ended its phase of generating: its steps stand for it.
+        """
+        attempts = [attempt for attempt in self._attempts if attempt.phases or attempt.number in self._steps_seconds]
+        if not any(attempt.phases for attempt in attempts):
+            return None
+        seconds = sum(phase.seconds for attempt in attempts for phase in attempt.phases)
+        without = [a for a in attempts if all(phase.name != "generate" for phase in a.phases)]
+        return seconds + sum(self._steps_seconds.get(attempt.number, 0.0) for attempt in without)
+
+    @cached_property
+    def _steps_seconds(self) -> dict[int, float]:
+        """By attempt."""
         starts, ends, attempts = self.column("start_ns"), self.column("end_ns"), self.column("attempt")
-        each = [ends[attempts == a].max() - starts[attempts == a].min() for a in np.unique(attempts)]
-        return float(sum(each)) / 1e9
+        return {
+            int(a): float(ends[attempts == a].max() - starts[attempts == a].min()) / 1e9 for a in np.unique(attempts)
+        }
+
+    @property
+    def _last_attempt(self) -> "_Attempt | None":
+        return next((attempt for attempt in reversed(self._attempts) if attempt.phases), None)
+
+    @cached_property
+    def _attempts(self) -> "list[_Attempt]":
+        """Those that were recorded."""
+        return [
+            _Attempt(
+                found["attempt"],
+                [Phase(phase["name"], phase["start_ns"], phase["end_ns"]) for phase in found["phases"]],
+            )
+            for found in self.manifest["attempts"]
+            if is_recorded(found, self.manifest["config"])
+        ]
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.directory / NAME

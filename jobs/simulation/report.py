@@ -67,7 +67,8 @@ def _error(costs: FittedCosts) -> str:
 def grid_table(predictor: Predictor, choices: Sequence[Choice], predictions: Sequence[Prediction | None]) -> list[str]:
     """The recorded configuration first; `predictions` are None where a choice cannot be."""
     run, same = predictor.run, predictor.recorded
-    rows = [_HEAD, ["as recorded, measured", f"{run.steps_seconds:.2f}", *_measured(run)]]
+    several = f" in {run.num_attempts} attempts" if run.num_attempts > 1 else ""
+    rows = [_HEAD, [f"as recorded, measured{several}", f"{run.steps_seconds:.2f}", *_measured(run)]]
     rows.append(["as recorded, predicted", *_cells(same, same)])
     notes: list[str] = []
     for choice, prediction in zip(choices, predictions, strict=True):
@@ -105,8 +106,8 @@ def _quantile(seconds: np.ndarray, quantile: float) -> str:
 
 
 def _job_seconds(run: RecordedRun) -> str:
-    """All phases; unknown where the run was killed before the first one ended."""
-    return f"{sum(phase.seconds for phase in run.phases()):.2f}" if run.phases() else "?"
+    """Of the attempts whose steps stand beside it."""
+    return "?" if run.job_seconds is None else f"{run.job_seconds:.2f}"
 
 
 def _cells(prediction: Prediction, same: Prediction) -> list[str]:

@@ -282,3 +282,63 @@ def test_a_killed_run_is_audited_as_far_as_it_goes(resumed_run: Path, tmp_path: 
     assert audit(killed).first is None
     edit(killed, "block_events", lambda rows: rows[-5].update(ref_count=77))
     assert audit(killed).first is not None
+
+
+# Attempts without records, and attempts whose records break off
+
+
+def test_an_attempt_that_was_not_recorded_is_in_no_law(unrecorded_run: Path, tmp_path: Path) -> None:
+    found = audit(unrecorded_run)
+    assert found.first is None, str(found)
+    assert "\n  attempt 1 ran with recorder=off" in str(found)
+    taken_for_recorded = copied(unrecorded_run, tmp_path / "run")
+    edit_manifest(taken_for_recorded, lambda manifest: manifest["attempts"][1].pop("recorder"))
+    first = audit(taken_for_recorded).first
+    assert first is not None
+    assert first.law == "step numbers have a gap"
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_steps_go_on_just_behind_those_of_an_attempt_that_was_not_recorded(
+    off_by: int, unrecorded_run: Path, tmp_path: Path
+) -> None:
+    faulty = copied(unrecorded_run, tmp_path / "run")
+    edit_manifest(
+        faulty,
+        lambda manifest: manifest["attempts"][1].update(last_step=manifest["attempts"][1]["last_step"] + off_by),
+    )
+    first = audit(faulty).first
+    assert first is not None
+    assert (first.law, first.attempt) == ("step numbers have a gap", 2)
+
+
+def test_a_request_of_a_recorded_attempt_still_needs_its_row(unrecorded_run: Path, tmp_path: Path) -> None:
+    faulty = copied(unrecorded_run, tmp_path / "run")
+    row = next(request["row"] for request in rows_of(faulty, "requests") if request["attempt"] == 2)
+    edit_answers(faulty, lambda rows: first_of(rows, row=row).update(num_prompt_tokens=1))
+    first = audit(faulty).first
+    assert first is not None
+    assert first.law == "a row's tokens are not its request's"
+
+
+def test_records_that_broke_off_are_audited_like_a_killed_attempts(run: Path, tmp_path: Path) -> None:
+    broken = copied(run, tmp_path / "run")
+    last = rows_of(run, "steps")[60]["step"]
+    for table, time in (("steps", "step"), ("block_events", "step")):
+        write_table(broken, table, [row for row in rows_of(run, table) if row[time] <= last])
+    ends = {seq_id for step in rows_of(broken, "steps") for seq_id in step["finished_seq_ids"]}
+    write_table(broken, "requests", [row for row in rows_of(run, "requests") if row["seq_id"] in ends])
+    done = {row["row"] for row in rows_of(broken, "requests")}
+    lines = (broken / "generations.jsonl").read_text().splitlines()
+    (broken / "generations.jsonl").write_text("".join(f"{lines[row]}\n" for row in sorted(done)))
+
+    def failed(manifest: Row) -> None:
+        manifest |= {"status": "failed"}
+        manifest["attempts"][0] |= {"status": "failed", "sealed": False}
+
+    edit_manifest(broken, failed)
+    assert audit(broken).first is None, str(audit(broken))
+    edit_manifest(broken, lambda manifest: manifest["attempts"][0].update(sealed=True))
+    first = audit(broken).first
+    assert first is not None
+    assert first.law == "blocks are in use at the end"

@@ -203,6 +203,29 @@ def test_a_row_that_failed_says_why_and_one_that_is_not_there_is_an_error(
     assert "row=-1: must be a whole number" in capsys.readouterr().err
 
 
+NOTE = "attempt 1 ran with recorder=off: rows, steps and tokens of it are not in the records"
+
+
+def test_every_question_says_which_attempt_was_not_recorded(
+    unrecorded_run: Path, resumed_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(unrecorded_run, tmp_path / "run")
+    for words in (["analyze", f"run={run}"], ["trace", f"run={run}"], ["audit", f"run={run}"]):
+        assert said(capsys, *words).count(NOTE) == 1, words
+    assert NOTE in (run / "report.html").read_text()
+    told = {request["row"] for request in rows_of(run, "requests")}
+    row = min(set(range(60)) - told)
+    assert main("explain", [f"run={run}", f"row={row}"]) == 2
+    assert NOTE in capsys.readouterr().err
+    assert NOTE in said(capsys, "diff", f"a={run}", f"b={run}")
+    assert main("diff", [f"a={run}", f"b={resumed_run}"]) == 1
+    assert "schedule: attempt 1, is recorded in b alone" in capsys.readouterr().out
+    for words in (["analyze", f"run={copied(resumed_run, tmp_path / 'other')}"], ["audit", f"run={resumed_run}"]):
+        text = said(capsys, *words)
+        assert "recorder=off" not in text
+        assert "unrecorded" not in text
+
+
 # Diff
 
 

@@ -9,7 +9,19 @@ import pytest
 from jobs.analysis.latencies import slow_rows
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
-from jobs.analysis.time_ledger import CAPTURE, DECODE, HOST, LOAD, OTHER, PADDING, PREFILL, RECOMPUTE, TAIL, WRITE
+from jobs.analysis.time_ledger import (
+    CAPTURE,
+    DECODE,
+    HOST,
+    LOAD,
+    OTHER,
+    PADDING,
+    PREFILL,
+    RECOMPUTE,
+    TAIL,
+    UNRECORDED,
+    WRITE,
+)
 from tests.analysis.editing import Row, copied, edit_manifest, rows_of, write_table
 from tests.analysis.made_run import Shape, make_run
 
@@ -42,7 +54,7 @@ def by_sweeping(run: RecordedRun, steps: list[Row]) -> dict[str, float]:
             while oldest < len(mine) and mine[oldest]["end_ns"] <= left:
                 oldest += 1
             if place == OTHER and generate is not None and generate[0] <= left < generate[1]:
-                place = HOST
+                place = HOST if attempt.is_recorded else UNRECORDED
                 if oldest < len(mine) and mine[oldest]["start_ns"] <= left:
                     exposed[oldest] += right - left
                     continue
@@ -78,7 +90,7 @@ def divided(steps: list[Row], exposed: Counter[int]) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["run", "plain_run", "resumed_run", "tight_run"])
+@pytest.mark.parametrize("name", ["run", "plain_run", "resumed_run", "tight_run", "unrecorded_run"])
 def test_every_place_of_the_ledger_agrees_with_a_sweep_over_the_clock(
     name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -93,12 +105,15 @@ def test_every_place_of_the_ledger_agrees_with_a_sweep_over_the_clock(
     assert min(figures.ledger.values()) >= 0
 
 
-def test_each_place_has_its_share_in_one_of_the_runs(run: Path, resumed_run: Path, tight_run: Path) -> None:
-    ledgers = [RunFigures.of(RecordedRun(path)).ledger for path in (run, resumed_run, tight_run)]
+def test_each_place_has_its_share_in_one_of_the_runs(
+    run: Path, resumed_run: Path, tight_run: Path, unrecorded_run: Path
+) -> None:
+    paths = (run, resumed_run, tight_run, unrecorded_run)
+    ledgers = [RunFigures.of(RecordedRun(path)).ledger for path in paths]
     assert all(max(ledger[place] for ledger in ledgers) > 1e5 for place in ledgers[0])
 
 
-@pytest.mark.parametrize("name", ["run", "resumed_run", "tight_run"])
+@pytest.mark.parametrize("name", ["run", "resumed_run", "tight_run", "unrecorded_run"])
 def test_the_ledger_sums_to_the_wall_time_of_all_attempts(name: str, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(name)
     run = RecordedRun(path)
@@ -165,6 +180,33 @@ def test_figures_are_those_of_the_rows_one_by_one(run: Path) -> None:
         time += step["end_ns"] - begin
         begin = step["end_ns"]
     assert figures.mean_over_time("batch_size") == pytest.approx(area / time)
+
+
+def test_what_was_not_recorded_is_in_no_rate_and_in_no_gap(resumed_run: Path, unrecorded_run: Path) -> None:
+    whole, partly = (RunFigures.of(RecordedRun(path)) for path in (resumed_run, unrecorded_run))
+    lost = [step for step in rows_of(resumed_run, "steps") if step["attempt"] == 1]
+    lost_ns = lost[-1]["end_ns"] - lost[0]["start_ns"]
+    assert partly.ledger[UNRECORDED] == lost_ns > 0
+    assert partly.ledger[HOST] < whole.ledger[HOST]
+    assert partly.generate_s == pytest.approx(whole.generate_s - lost_ns / 1e9)
+    assert partly.wall_s == pytest.approx(whole.wall_s)
+    assert partly.num_steps == whole.num_steps - len(lost)
+
+
+def test_what_an_attempt_did_after_its_records_broke_off_is_no_gap(run: Path, tmp_path: Path) -> None:
+    """A full disk: it generated for longer than there are steps."""
+    broken = copied(run, tmp_path / "run")
+    write_table(broken, "steps", rows_of(run, "steps")[:40])
+    edit_manifest(broken, lambda manifest: manifest["attempts"][0].update(sealed=False))
+    found = RunFigures.of(RecordedRun(broken))
+    last = rows_of(broken, "steps")[-1]["end_ns"]
+    assert found.generate_s == (last - rows_of(broken, "steps")[0]["start_ns"]) / 1e9
+    taken_for_sealed = copied(broken, tmp_path / "sealed")
+    edit_manifest(taken_for_sealed, lambda manifest: manifest["attempts"][0].pop("sealed"))
+    other = RunFigures.of(RecordedRun(taken_for_sealed))
+    moved = found.ledger[OTHER] - other.ledger[OTHER]
+    assert other.ledger[HOST] - found.ledger[HOST] == pytest.approx(moved)
+    assert moved > 1e8
 
 
 def test_a_run_without_a_step_has_a_ledger_too(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """resume=DIR: what goes on, what is refused and why, and what the manifest says of it. The runner is scripted."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from jobs import journal
+from jobs.analysis.audit import audit
 from jobs.launch import launch
+from jobs.record_parts import PartWriter
+from jobs.writer import GenerationWriter
 from tests.jobs.crash_check import check_complete, read_table
 from tests.jobs.scripted_job import SCRIPTED, without_attempt, words, write_input
 
@@ -144,6 +149,79 @@ def test_without_records_numbers_go_on_by_the_manifest(tmp_path: Path, monkeypat
     steps = read_table(tmp_path / "run", "steps")
     assert steps[0]["step"] == first["last_step"] + 1
     assert min(seq_id for step in steps for seq_id in step["seq_ids"]) > first["last_seq_id"]
+
+
+FULL = {"the answers": (GenerationWriter, "flush", 2), "the records": (PartWriter, "write", 8)}
+"""Where a disk is full, and from which call on."""
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_an_attempt_whose_disk_is_full_is_gone_on_with_without_a_gap(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes]
+):
+    """Only these files fail: the manifest can still be written, which is what a small file often can."""
+    monkeypatch.chdir(tmp_path)
+    write_input(tmp_path / "rows.jsonl", NUM_ROWS)
+    monkeypatch.setattr(journal, "MAX_UNWRITTEN_BYTES", 1500)
+    monkeypatch.setattr(journal, "WAKE_AT", 1)
+    writer, method, call = FULL[what]
+    write, calls = getattr(writer, method), []
+
+    def full(self: object, *arguments: object) -> None:
+        calls.append(method)
+        if len(calls) >= call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, method, full)
+        assert launch(SCRIPTED, [*words(Path("rows.jsonl")), "hydra.run.dir=run"]) == 1
+    run = tmp_path / "run"
+    first = manifest(run)["attempts"][0]
+    assert (first["status"], first["recorder"], first["sealed"]) == ("failed", True, False)
+    assert "last_step" not in first, "the records alone say which steps there were"
+    steps = read_table(run, "steps")
+    assert steps, "some were written before"
+    assert audit(run).first is None, str(audit(run))
+    content = manifest(run)
+    content["attempts"][0]["last_step"] = len(steps) + 3  # as earlier versions wrote it
+    (run / "manifest.json").write_text(json.dumps(content))
+
+    assert resume() == COMPLETE
+
+    check_complete(run, {}, reference)
+    assert manifest(run)["attempts"][1]["sealed"] is True
+    assert audit(run).first is None, str(audit(run))
+
+
+def test_attempts_with_and_without_records_make_one_sound_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    write_input(tmp_path / "rows.jsonl", 60)
+    run = tmp_path / "run"
+    assert launch(SCRIPTED, [*words(Path("rows.jsonl")), "reader.max_failures=1", "hydra.run.dir=run"]) == 1
+    assert resume("recorder=off", "reader.max_failures=4") == 1
+    assert go_on("recorder=on") == COMPLETE
+    attempts = manifest(run)["attempts"]
+    assert [(a["recorder"], a["sealed"], "last_step" in a) for a in attempts] == [
+        (True, True, False),
+        (False, True, True),
+        (True, True, False),
+    ]
+    steps = read_table(run, "steps")
+    assert {step["attempt"] for step in steps} == {0, 2}
+    assert next(s["step"] for s in steps if s["attempt"] == 2) == attempts[1]["last_step"] + 1
+    rows = {row["row"] for row in json_lines(run / "generations.jsonl")}
+    assert rows - {request["row"] for request in read_table(run, "requests")}, "the middle attempt answered some"
+    found = audit(run)
+    assert found.first is None, str(found)
+    assert "attempt 1 ran with recorder=off" in str(found)
+    assert "\nattempt 2      alone has the tokens" in capfd.readouterr().out
+    content = manifest(run)
+    content["attempts"][1]["recorder"] = True
+    (run / "manifest.json").write_text(json.dumps(content))
+    assert {"step numbers have a gap", "a row has no request"} <= {v.law for v in audit(run).violations}
 
 
 # Refusals

@@ -9,12 +9,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.command_line import parse
 from jobs.compose import compose_config
 from jobs.generate_job import COMMAND
 from jobs.launch import _source
+from jobs.record_parts import read_records
 from jobs.simulate import main
 from jobs.simulation.grid import span
 from jobs.simulation.settings import KEYS, Settings
@@ -214,3 +217,43 @@ def test_a_process_needs_no_torch_and_leaves_nothing(run: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert sorted(run.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_several_attempts_took_is_of_one_scope(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A run that was killed with a third of its steps done, and ended by its second attempt."""
+    several = tmp_path / "several"
+    shutil.copytree(run, several)
+    table = read_records(several, "steps")
+    third = table.num_rows // 3
+    attempts = pa.array([0] * third + [1] * (table.num_rows - third), pa.int32())
+    table = table.set_column(table.schema.get_field_index("attempt"), table.schema.field("attempt"), attempts)
+    for part in (several / "records" / "steps").iterdir():
+        part.unlink()
+    pq.write_table(table, several / "records" / "steps" / "a0000-r0000-00000000.parquet")
+    start, end = (table[name].to_numpy() / 1e9 for name in ("start_ns", "end_ns"))
+    of_first, of_second = end[:third].max() - start[0], end[third:].max() - start[third]
+
+    def phase(name: str, seconds: float) -> dict[str, object]:
+        return {"name": name, "start_ns": 0, "end_ns": round(seconds * 1e9)}
+
+    content = json.loads((several / "manifest.json").read_text())
+    content["attempts"] = [
+        {"attempt": 0, "phases": [phase("load", 2.0)]},
+        {"attempt": 1, "phases": [phase("load", 3.0), phase("generate", of_second + 0.25), phase("write", 0.5)]},
+        {"attempt": 2, "phases": [phase("generate", 100.0)], "recorder": False},
+    ]
+    (several / "manifest.json").write_text(json.dumps(content))
+
+    lines = simulated(capsys, f"run={several}")
+
+    head = "as recorded, measured in 3 attempts"
+    (measured,) = [line.removeprefix(head).split() for line in lines if line.startswith(head)]
+    assert float(measured[0]) == pytest.approx(of_first + of_second, abs=0.006)
+    assert float(measured[1]) == pytest.approx(2.0 + of_first + 3.0 + of_second + 0.25 + 0.5, abs=0.006)
+    predicted = next(line.split() for line in lines if line.startswith("as recorded, predicted"))
+    assert float(predicted[4]) - float(predicted[3]) == pytest.approx(3.0 + 0.25 + 0.5, abs=0.011)
+    assert any("not compared (it took 3 attempts)" in line for line in lines)
+    assert "  note: rows of attempts with recorder=off are left out" in lines
+    content["status"] = "failed"
+    (several / "manifest.json").write_text(json.dumps(content))
+    assert any("not compared (it is failed)" in line for line in simulated(capsys, f"run={several}"))

@@ -65,6 +65,14 @@ def test_the_summary_names_rows_tokens_speed_prefix_cache_and_preemptions(tmp_pa
     }
 
 
+def test_the_summary_of_a_resumed_run_says_which_figures_are_its_last_attempts(tmp_path: Path):
+    text = summary(tmp_path, COUNTS, FIGURES, tmp_path / "generations.jsonl", None, attempt=2)
+    names = [line[:14].strip() for line in text.splitlines()]
+    before, after = names[: names.index("attempt 2")], names[names.index("attempt 2") + 1 :]
+    assert before == ["run directory", "rows", "failures"], "the run's"
+    assert after == ["tokens", "speed", "prefix cache", "preemptions"]
+
+
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
 def test_the_score_counts_a_failed_row_as_wrong_and_no_row_beyond_the_limit(tmp_path: Path, answers: Path, format: str):
     write_generations(tmp_path, format)
