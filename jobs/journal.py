@@ -21,7 +21,7 @@ ITEMS_AT_ONCE = 64
 """Items that are taken over in one go."""
 PAUSE_S = 0.0005
 """Between two goes, so that the step loop gets the interpreter at once and not after its switch interval."""
-MAX_UNWRITTEN_BYTES = 2**24
+MAX_UNWRITTEN_BYTES = 2**23
 """Taken over and not yet on disk; beyond this everything is flushed early."""
 
 

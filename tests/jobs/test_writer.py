@@ -356,7 +356,7 @@ def test_memory_stays_flat_over_100_000_rows(tmp_path: Path, format: str) -> Non
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert output.num_rows == num_rows
-    assert written < 40 * num_rows, "20 bytes a row, and what arrays allocate ahead"
+    assert written < 28 * num_rows, "14 bytes a row, and what arrays allocate ahead"
     assert peak < (12 if format == "jsonl" else 90) * 1024 * 1024, "bounded by a chunk and a row group, not by the rows"
 
 
