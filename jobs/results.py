@@ -10,7 +10,7 @@ import numpy as np
 from jobs import disk
 from jobs.batch_output import BatchForm
 from jobs.manifest import Manifest
-from jobs.row_log import RowLogError
+from jobs.row_log import ORDER_CHUNK, RowLogError
 from jobs.rows import BadRow, InputRow
 from jobs.writer import (
     PARTIAL_FAILURES_NAME,
@@ -19,6 +19,8 @@ from jobs.writer import (
     GenerationWriter,
     OutputFile,
 )
+
+_ANSWERED, _FAILED = 1, 2
 
 
 class ResultsError(RuntimeError):
@@ -105,12 +107,14 @@ class Results:
         return [self.generations.finish(), failures, *errors]
 
     def _check_every_row_has_one(self, num_rows: int) -> None:
-        results = np.zeros(num_rows, np.int8)  # 1 MB a million
-        for log in (self.generations.log, self.failures.log):
+        results = np.zeros(num_rows, np.uint8)  # 1 MB a million
+        for result, log in ((_ANSWERED, self.generations.log), (_FAILED, self.failures.log)):
             if len(log.rows) and log.rows.max() >= num_rows:
                 raise ResultsError(f"{log.path}: has row {log.rows.max()}, but only {num_rows} rows were read")
-            results[log.rows] += 1  # once, however many samples the row has
-        for what, wrong in (("no result", results == 0), ("been answered and has failed", results > 1)):
+            for first in range(0, len(log.rows), ORDER_CHUNK):  # as a whole, the index would be copied to 64 bits
+                results[log.rows[first : first + ORDER_CHUNK]] |= result
+        both = _ANSWERED | _FAILED
+        for what, wrong in (("no result", results == 0), ("been answered and has failed", results == both)):
             if wrong.any():
                 raise ResultsError(
                     f"row {int(wrong.argmax())} has {what} ({int(wrong.sum())} rows like it, {num_rows} were read)"
