@@ -1,7 +1,8 @@
 """Attention of a step in which some rows decode and others prefill: both kernels on the device at the same time.
 
-Decoding waits for memory and prefilling for the matrix units, so side by side they take little longer than the longer
-one alone. For that, both must fit on a multiprocessor: its registers and shared memory are shared out here.
+Decoding waits for memory and prefilling for the matrix units, so side by side they take less than one after the other:
+136 us instead of 165 where each alone takes 77 and 84 (NOTES.md). For that, both must fit on a multiprocessor: its
+registers and shared memory are shared out here.
 """
 
 import functools
