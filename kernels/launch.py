@@ -6,6 +6,9 @@ was there when the step began: weights, work lists, block tables. CUDA programmi
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -16,9 +19,32 @@ FEW_ROWS = 16
 not, and a kernel between two of them loses by taking part (NOTES.md)."""
 
 
+_beside: ContextVar[bool] = ContextVar("beside", default=False)
+
+
+@contextmanager
+def beside_another() -> Iterator[None]:
+    """Kernels launched inside run at the same time as another half of the step: each leaves room for the other's."""
+    token = _beside.set(True)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def runs_beside() -> bool:
+    """Whether what is launched now runs beside another half of the step."""
+    return _beside.get()
+
+
+def every_kernel_dependent(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel whose neighbours are ours, so that it takes part."""
+    return _TAKES_PART if _can_overlap(device) else STANDS_ALONE
+
+
 def dependent_launch(device: torch.device, num_rows: int = 0) -> dict[str, bool]:
     """Launch options of a kernel over `num_rows` rows; 0 for one that takes part whatever the rows."""
-    return _TAKES_PART if num_rows <= FEW_ROWS and _can_overlap(device) else STANDS_ALONE
+    return every_kernel_dependent(device) if num_rows <= FEW_ROWS else STANDS_ALONE
 
 
 _TAKES_PART = {"PDL": True, "launch_pdl": True}

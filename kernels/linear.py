@@ -1,4 +1,7 @@
-"""Products of few rows with a weight matrix, which cost what reading the weights costs."""
+"""Products with a weight matrix, of any rows: ours for few rows and for some, cuBLAS's for the rest.
+
+Those of few rows cost what reading the weights costs.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import FEW_ROWS, dependent_launch, overlap_next, wait_for_previous
+from kernels.launch import FEW_ROWS, dependent_launch, overlap_next, runs_beside, wait_for_previous
+from kernels.tiled_linear import tiled_linear, tiles_suit
 
 MAX_COLUMNS = 16384
 """Beyond this, and beyond FEW_ROWS rows, cuBLAS is as fast or faster; measured in NOTES.md."""
@@ -28,6 +32,8 @@ def linear(x: Tensor, weight: Tensor, tuning: LinearTuning | None = None) -> Ten
     """[N, in] times the transpose of [out, in], both contiguous."""
     num_rows, depth = x.shape
     columns = weight.shape[0]
+    if (num_rows > FEW_ROWS or runs_beside()) and tiles_suit(x, weight):
+        return tiled_linear(x, weight)
     if not 0 < num_rows <= FEW_ROWS or columns > MAX_COLUMNS or depth % _CHUNK or depth > _MAX_DEPTH:
         return F.linear(x, weight)
     if x.dtype == torch.float32:

@@ -54,6 +54,18 @@ def silu_mul(x: Tensor) -> Tensor:
     return wide.neg().exp_().add_(1).reciprocal_().mul_(wide).to(x.dtype).mul_(up)
 
 
+def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
+    """silu_mul of the product of [N, in] with the transpose of [gate | up, in]."""
+    return silu_mul(linear(x, weight))
+
+
+def linear_add_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm of the product of [N, in] with the transpose of [out, in] and a residual [N, out]."""
+    return add_rms_norm(linear(x, weight), residual, norm_weight, eps)
+
+
 def rotary_table(head_size: int, theta: float, num_positions: int, device: torch.device) -> Tensor:
     """float32 [positions, 2, H / 2]: cosines and sines of the rotary embedding (Su et al., arXiv 2104.09864)."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size

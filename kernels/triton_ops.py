@@ -2,9 +2,10 @@
 
 from kernels.embed import embed
 from kernels.linear import linear
+from kernels.linear_add_norm import linear_add_norm
+from kernels.linear_silu_mul import linear_silu_mul
 from kernels.norm_rotary_store import norm_rotary_store
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm import rms_norm
 from kernels.sample import sample
-from kernels.silu_mul import silu_mul
 
-__all__ = ["add_rms_norm", "embed", "linear", "norm_rotary_store", "rms_norm", "sample", "silu_mul"]
+__all__ = ["embed", "linear", "linear_add_norm", "linear_silu_mul", "norm_rotary_store", "rms_norm", "sample"]

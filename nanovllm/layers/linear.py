@@ -1,9 +1,10 @@
-"""A bias-free projection."""
+"""A bias-free projection, alone or with what follows it."""
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.layers.ops import Ops
+from nanovllm.layers.rms_norm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -16,3 +17,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight)
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of what is gate and up."""
+        return self.ops.linear_silu_mul(x, self.weight)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum) of the projection and the residual, which is consumed."""
+        return self.ops.linear_add_norm(x, self.weight, residual, norm.weight, norm.eps)

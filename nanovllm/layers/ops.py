@@ -17,11 +17,13 @@ class Ops(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x and residual are consumed."""
-        ...
+    def linear_silu_mul(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
-    def silu_mul(self, x: Tensor) -> Tensor: ...
+    def linear_add_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """residual is consumed."""
+        ...
 
     def norm_rotary_store(
         self,

@@ -7,7 +7,7 @@ from nanovllm.layers.ops import Ops
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, optionally of a sum that is carried on as the residual."""
+    """Over the last dimension."""
 
     def __init__(self, ops: Ops, size: int, eps: float) -> None:
         super().__init__()
@@ -17,7 +17,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual)"""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -45,12 +45,12 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     def __init__(self, ops: Ops, c: Qwen3Config) -> None:
         super().__init__()
-        self.ops = ops
         self.gate_up_proj = Linear(ops, c.hidden_size, 2 * c.intermediate_size)
         self.down_proj = Linear(ops, c.intermediate_size, c.hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.ops.silu_mul(self.gate_up_proj(x_TD)))
+        """What down_proj is to be applied to: [T, intermediate]."""
+        return self.gate_up_proj.silu_mul(x_TD)
 
 
 class Qwen3Block(nn.Module):
@@ -64,22 +64,21 @@ class Qwen3Block(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        residual_TD: Tensor | None,
+        residual_TD: Tensor,
         place: Place,
         meta: AttentionMeta,
+        next_norm: RMSNorm,
         rows_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(MLP output, residual); behind attention, only of the rows `rows_N` where given."""
-        if residual_TD is None:
-            x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
-        else:
-            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+        """(`next_norm` of the residual, residual) from what input_layernorm made of the residual, and that.
+
+        Behind attention, only of the rows `rows_N` where given.
+        """
         x_TD = self.self_attn(x_TD, place, meta)
         if rows_N is not None:
             x_TD, residual_TD = x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N)
-        x_TD = self.self_attn.o_proj(x_TD)
-        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
-        return self.mlp(x_TD), residual_TD
+        x_TD, residual_TD = self.self_attn.o_proj.add_norm(x_TD, residual_TD, self.post_attention_layernorm)
+        return self.mlp.down_proj.add_norm(self.mlp(x_TD), residual_TD, next_norm)
 
 
 class Qwen3Model(nn.Module):
@@ -94,14 +93,15 @@ class Qwen3Model(nn.Module):
 
     def forward(self, tokens: Tokens, positions_T: Tensor, meta: AttentionMeta, rows_N: Tensor | None = None) -> Tensor:
         ids_T, last_tokens = tokens
-        x_TD: Tensor = self.ops.embed(ids_T, self.embed_tokens.weight, last_tokens)
-        residual_TD: Tensor | None = None
+        layers = [cast(Qwen3Block, layer) for layer in self.layers]
+        norms = [*(layer.input_layernorm for layer in layers), self.norm]
+        residual_TD = self.ops.embed(ids_T, self.embed_tokens.weight, last_tokens)
+        x_TD: Tensor = norms[0](residual_TD)
         place = self.rotary, positions_T
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            x_TD, residual_TD = layer(x_TD, residual_TD, place, meta, rows_N if i == last else None)
-        assert residual_TD is not None
-        return self.norm.add(x_TD, residual_TD)[0]
+        for layer, next_norm in zip(layers, norms[1:], strict=True):
+            rows = rows_N if layer is layers[-1] else None
+            x_TD, residual_TD = layer(x_TD, residual_TD, place, meta, next_norm, rows)
+        return x_TD
 
 
 class Qwen3ForCausalLM(nn.Module):
