@@ -216,6 +216,7 @@ def decode_work(contexts: list[int], groups: list[PrefixGroup], block_size: int 
         member_partials=tensor(arrays.member_partials),
         partial_out=torch.empty(partials, HEADS, HEAD_SIZE, dtype=torch.float32),
         partial_lse=torch.empty(partials, HEADS, dtype=torch.float32),
+        cuts_rows=len(arrays.merges) > 0,
         shares_prefixes=bool(groups),
     )
 

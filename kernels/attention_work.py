@@ -40,6 +40,8 @@ class DecodeWork(NamedTuple):
     """float32 [partials, Q], scratch: log2 of the sum of exp2 of the scores"""
     shares_prefixes: bool
     """Whether there can be prefix items; without, their kernel is not launched."""
+    cuts_rows: bool
+    """Whether there can be merges; likewise."""
 
 
 class PrefillWork(NamedTuple):

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, DecodeWork
-from kernels.launch import STANDS_ALONE, dependent_launch, overlap_next, wait_for_previous
+from kernels.launch import STANDS_ALONE, dependent_launch, overlap_next, runs_beside, wait_for_previous
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -42,10 +42,16 @@ class DecodeTuning:
         return min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, self.max_registers)
 
 
+PROGRAMS_BESIDE = 2
+"""On a multiprocessor, of a half that runs beside another: the other's matrix products fit there too."""
+
+
 def decode_tuning(dtype: torch.dtype, head_size: int, num_rows: int) -> DecodeTuning:
     """What was measured fastest for steps of so many rows."""
     if dtype == torch.float32 or head_size > 128:
         return DecodeTuning(num_warps=4, num_stages=2, programs_per_sm=2)
+    if runs_beside():
+        return DecodeTuning(tile=64, num_warps=4, programs_per_sm=PROGRAMS_BESIDE)
     if num_rows <= 256:
         return DecodeTuning(tile=64, num_warps=4, programs_per_sm=3)
     return DecodeTuning()
@@ -100,7 +106,8 @@ def paged_decode_attention(
         maxnreg=tuning.registers if work.shares_prefixes else None,  # without, as few without being told
         **(dependent_launch(q.device) if tuning.dependent else STANDS_ALONE),
     )
-    merge_partials(out, work, num_kv_heads)
+    if work.cuts_rows:
+        merge_partials(out, work, num_kv_heads)
 
 
 def merge_partials(out: Tensor, work: DecodeWork, num_kv_heads: int) -> None:
@@ -156,7 +163,6 @@ def _decode(
     HAS_PREFIXES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    overlap_next(PDL)
     NUM_Q: tl.constexpr = NUM_KV * GROUP
     group_row = tl.arange(0, GROUP_ROWS)
     column = tl.arange(0, HEAD_SIZE)
@@ -213,6 +219,7 @@ def _decode(
             tl.store(partial_lse_ptr + partial.to(tl.int64) * NUM_Q + q_head, lse, mask=group_row < GROUP)
         index, next_index = next_index, drawn
         row, slot, start, end, partial = next_row, next_slot, next_start, next_end, next_partial
+    overlap_next(PDL)  # not before: whoever came early would wait in the place of this kernel's programs, or others
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_toke
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
-from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
+from nanovllm.runner.graph_sizes import MAX_HALVES_LAYER_BYTES, GraphSizes, graph_sizes
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
 from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
@@ -83,7 +83,7 @@ def assemble(
         dtype = _choose_dtype(config.model.dtype, c, device)
         max_model_len = _choose_max_model_len(config, c)
         choice = choose_kernels(config.engine, c, dtype, config.kv.block_size, device)
-        sizes = _choose_graph_sizes(config, choice, device)
+        sizes = _choose_graph_sizes(config, choice, c, dtype, device)
         settings = _settings(config, device, dtype, max_model_len, choice, sizes)
         lines.log_engine_start(source.name, settings)
         lines.log_runner_start()
@@ -201,12 +201,23 @@ def _load_model(
     return model.eval()
 
 
-def _choose_graph_sizes(config: LLMConfig, choice: KernelChoice, device: torch.device) -> GraphSizes | None:
+def _choose_graph_sizes(
+    config: LLMConfig, choice: KernelChoice, c: Qwen3Config, dtype: torch.dtype, device: torch.device
+) -> GraphSizes | None:
     if config.engine.enforce_eager or device.type != "cuda" or not choice.capturable:
         return None
     engine = config.engine
     with_prefills = choice.attention == "triton"  # whose grids do not depend on the rows
-    return graph_sizes(engine.max_num_seqs, engine.max_num_batched_tokens, with_prefills=with_prefills)
+    ours = choice.kernels == choice.attention == "triton"
+    with_halves = ours and dtype != torch.float32 and c.head_dim <= 128 and _layer_bytes(c) <= MAX_HALVES_LAYER_BYTES
+    limits = engine.max_num_seqs, engine.max_num_batched_tokens
+    return graph_sizes(*limits, with_prefills=with_prefills, with_halves=with_halves)
+
+
+def _layer_bytes(c: Qwen3Config) -> int:
+    """Of a layer's matrices, in a dtype of 16 bits."""
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
+    return 2 * c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
 
 
 def _make_runner(
@@ -304,7 +315,9 @@ def _settings(
 
 def _graphs_setting(config: LLMConfig, device: torch.device, sizes: GraphSizes | None) -> str:
     if sizes is not None:
-        return f"decode steps of 1 to {sizes.decodes[-1]} sequences" + (", prefill steps" if sizes.tokens else "")
+        of_halves = f", in halves up to {sizes.in_halves[-1]}" if sizes.in_halves else ""
+        of_prefills = ", prefill steps" if sizes.tokens else ""
+        return f"decode steps of 1 to {sizes.decodes[-1]} sequences{of_halves}{of_prefills}"
     if config.engine.enforce_eager:
         return "off (enforce_eager)"
     return "off (a CPU has none)" if device.type == "cpu" else "off (the reference kernels wait for the device)"

@@ -117,7 +117,9 @@ class RecordedRun:
         if self.engine["cuda_graphs"].startswith("off"):
             return None
         with_prefills = self.reads_shared_prefixes_once  # one kernel's work lists make both possible
-        return graph_sizes(settings.max_num_seqs, settings.max_num_batched_tokens, with_prefills=with_prefills)
+        limits = settings.max_num_seqs, settings.max_num_batched_tokens
+        with_halves = "in halves" in self.engine["cuda_graphs"]
+        return graph_sizes(*limits, with_prefills=with_prefills, with_halves=with_halves)
 
     def block_events(self) -> pa.Table:
         return self._read("block_events")

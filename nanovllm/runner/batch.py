@@ -90,6 +90,22 @@ def _place(plan: Plan) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     return len(row_of_token), last, row_of_token, positions
 
 
+def split_evenly(context_lens: np.ndarray, half: int) -> int:
+    """The row that begins the second half of a decode step: at most `half` rows on either side, and about as many
+    tokens of context."""
+    rows = len(context_lens)
+    tokens = np.cumsum(context_lens)
+    split = int(np.searchsorted(tokens, tokens[-1] / 2)) + 1
+    return min(max(split, rows - half, 1), half, rows - 1)
+
+
+def apart(array: np.ndarray, split: int, half: int, fill: int) -> np.ndarray:
+    """`array` [rows] in halves: its first `split` values at the beginning, the others from `half` on."""
+    spread = np.full(half + len(array) - split, fill, array.dtype)
+    spread[:split], spread[half:] = array[:split], array[split:]
+    return spread
+
+
 def kv_slots(block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
     """int64 [tokens]: where the token at `positions` of table row `rows` keeps its KV."""
     blocks = block_tables[rows, positions // block_size].astype(np.int64)

@@ -16,9 +16,11 @@ PROGRAMS_PER_SM = 3
 ITEMS_PER_PROGRAM = 4
 """How many items a decode kernel of that many programs should give to each, where the batch is small enough to choose;
 one of twice as many programs gives half of it."""
+LONGEST_SHARE, LONGEST_SHARE_BESIDE = 1.0, 1.5
+"""Beside another half of the step, which fills the time, a launch may end less evenly."""
 MIN_PREFIX_CHUNK = 256
-EXTRA_ITEMS = 2048
-"""Items beyond one for each row."""
+EXTRA_ITEMS, EXTRA_ITEMS_BESIDE = 2048, 1024
+"""Items beyond one for each row, of a step and of a half that runs beside another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +33,28 @@ class WorkLimits:
     num_prefix_programs: int
     members_per_item: int
     """Rows of a prefix item."""
+    beside: bool = False
+    """Whether another half of the step runs at the same time, and fills the gaps."""
+
+    @property
+    def extra_items(self) -> int:
+        return EXTRA_ITEMS_BESIDE if self.beside else EXTRA_ITEMS
+
+    @property
+    def longest_share(self) -> float:
+        """How long a row may be without being cut, by what each program has to do in all."""
+        return LONGEST_SHARE_BESIDE if self.beside else LONGEST_SHARE
 
     def items(self, num_rows: int) -> int:
         """Most items of so many rows."""
-        return num_rows + EXTRA_ITEMS
+        return num_rows + self.extra_items
 
     def prefix_items(self, num_rows: int) -> int:
         return num_rows + self.num_prefix_programs
 
     def partials(self, num_rows: int) -> int:
         per_head = -(-self.num_prefix_programs // self.num_kv_heads)
-        return 2 * num_rows + EXTRA_ITEMS + self.members_per_item * per_head
+        return 2 * num_rows + self.extra_items + self.members_per_item * per_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +107,11 @@ def share_out(
 def _chunks(own: np.ndarray, limits: WorkLimits) -> tuple[np.ndarray, np.ndarray]:
     """Each row's chunk size, in whole tiles, and how many chunks its `own` tokens make."""
     total = int(own.sum())
-    wanted = total * limits.num_kv_heads / (limits.num_programs * ITEMS_PER_PROGRAM)
-    size = max(min(max(wanted, MIN_CHUNK), MAX_CHUNK), total / EXTRA_ITEMS)
+    share = total * limits.num_kv_heads / limits.num_programs
+    if own.max() <= share * limits.longest_share:  # rows, longest first, share out evenly as they are
+        return own, np.ones_like(own)
+    wanted = share / ITEMS_PER_PROGRAM
+    size = max(min(max(wanted, MIN_CHUNK), MAX_CHUNK), total / limits.extra_items)
     size = math.ceil(size / TILE) * TILE
     counts = -(-own // size)
     # The same number of chunks, of nearly equal size: a short last one costs almost as much as a long one.

@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass
 
+MIN_HALVES_ROWS, MAX_HALVES_ROWS = 8, 128
+MIN_HALVES_TOKENS = 65536
+"""Whose keys and values take so long to read that the other half's matrix products fit into that time; kernels/NOTES.md
+has what was measured."""
+MAX_HALVES_LAYER_BYTES = 2**26
+"""A layer's weights, beyond which reading them twice costs more than it saves."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSizes:
@@ -13,18 +20,32 @@ class GraphSizes:
     """Tokens of steps with prefills; empty where those run at their own size."""
     sampled: list[int]
     """Rows of logits of steps with prefills."""
+    in_halves: list[int]
+    """Those of `decodes` at which a step can run in halves."""
 
     def most_graphs(self) -> int:
         """How many shapes steps can have."""
         with_prefills = sum(size <= next_size(self.sampled, count) for count in self.tokens for size in self.sampled)
-        return 2 * len(self.decodes) + with_prefills
+        return 3 * len(self.decodes) + 2 * len(self.in_halves) + with_prefills
 
     def largest(self) -> "GraphSizes":
         """The last of each: whose memory the others share."""
-        return GraphSizes(decodes=self.decodes[-1:], tokens=self.tokens[-1:], sampled=self.sampled[-1:])
+        return GraphSizes(
+            decodes=sorted({self.decodes[-1], *self.in_halves[-1:]}),
+            tokens=self.tokens[-1:],
+            sampled=self.sampled[-1:],
+            in_halves=self.in_halves[-1:],
+        )
+
+    def runs_in_halves(self, rows: int, context_tokens: int) -> bool:
+        """Whether a decode step of `rows` that share no prefix, `context_tokens` in all, is faster in halves."""
+        size = next_size(self.decodes, rows)
+        return rows >= MIN_HALVES_ROWS and context_tokens >= MIN_HALVES_TOKENS and size in self.in_halves
 
 
-def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int, *, with_prefills: bool) -> GraphSizes:
+def graph_sizes(
+    max_num_seqs: int, max_num_batched_tokens: int, *, with_prefills: bool, with_halves: bool
+) -> GraphSizes:
     """Sizes that hold every step, with little padding where padding costs.
 
     Decode steps are dense up to 256, where a matrix product takes the same time whatever its rows, and beyond every
@@ -37,8 +58,11 @@ def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int, *, with_prefills
     def up_to(sizes: set[int], most: int) -> list[int]:
         return [*sorted(size for size in sizes if size < most), most]
 
+    decode_sizes = up_to(decodes, max_num_seqs)
+    halved = [size for size in decode_sizes if MIN_HALVES_ROWS <= size <= MAX_HALVES_ROWS and size % 2 == 0]
     return GraphSizes(
-        decodes=up_to(decodes, max_num_seqs),
+        decodes=decode_sizes,
+        in_halves=halved if with_halves else [],
         tokens=up_to(tokens, max_num_batched_tokens) if with_prefills else [],
         sampled=up_to(sampled, max_num_seqs),
     )

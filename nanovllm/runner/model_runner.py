@@ -14,7 +14,7 @@ from kernels import reference
 from nanovllm.engine.plan import Plan, StepResult
 from nanovllm.layers.attention import AttentionMeta, AttentionRows
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.runner.batch import BlockTables, PackedBatch, pack
+from nanovllm.runner.batch import BlockTables, PackedBatch, apart, pack, split_evenly
 from nanovllm.runner.device_state import DeviceState
 from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.runner.memory import device_memory
@@ -23,13 +23,15 @@ from nanovllm.runner.step_graphs import StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding, Uploader
 
 if TYPE_CHECKING:
+    from kernels.attention_work import DecodeWork
     from nanovllm.runner.attention_work import AttentionWork
+    from nanovllm.runner.halves import Halves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
-    token_ids: np.ndarray
-    """On the host once `done` has happened."""
+    token_ids: tuple[np.ndarray, ...]
+    """In parts, on the host once `done` has happened."""
     started: "torch.cuda.Event | None"
     done: "torch.cuda.Event | None"
     forward_ms: float
@@ -84,6 +86,15 @@ class ModelRunner:
         self._num_submitted = 0
         self._launched: deque[_Launched] = deque()
         self._memory: tuple[int, int] | None = None
+        # What pads a step's tokens and rows of logits.
+        self._fills = {
+            "input_ids": -1 - self._state.spare_slot,
+            "positions": 0,
+            "slot_mapping": -1,
+            "sample_slots": self._state.spare_slot,
+            "sample_positions": 0,
+        }
+        self._halves = _halves(self.device) if graph_sizes is not None and graph_sizes.in_halves else None
         self.graphs: StepGraphs | None = None
         if graph_sizes is not None:
             with torch.inference_mode():
@@ -102,14 +113,17 @@ class ModelRunner:
         prefills = plan.num_decodes < plan.num_rows
         if self.graphs is None or not self.graphs.has_shapes(prefills=prefills):
             batch = pack(plan, self._tables, self._block_size, self._multiple)
-            self._run_at_own_size(plan, batch, self._arrays(plan, batch), began)
+            self._run_at_own_size(plan, batch, began)
             return
         batch = pack(plan, self._tables, self._block_size, 1)
-        arrays = self._arrays(plan, batch)
-        shares_prefixes = len(arrays.get("prefix_items", ())) > 0
-        sizes = batch.num_tokens, batch.num_sampled
-        shape = self.graphs.shape(*sizes, prefills=prefills, shares_prefixes=shares_prefixes)
-        self._run_at_shape(self.graphs, shape, plan, batch, arrays, began)
+        shape = self.graphs.shape(
+            batch.num_tokens,
+            batch.num_sampled,
+            prefills=prefills,
+            shares_prefixes=self._shares_prefixes(plan, batch),
+            context_tokens=int(batch.context_lens.sum()),
+        )
+        self._run_at_shape(self.graphs, shape, plan, batch, began)
 
     def collect(self) -> StepResult:
         step = self._launched.popleft()
@@ -122,7 +136,7 @@ class ModelRunner:
         allocated, reserved = self._memory
         shape = step.shape
         return StepResult(
-            token_ids=step.token_ids.copy(),
+            token_ids=np.concatenate(step.token_ids),
             prepare_ms=step.prepare_ms,
             forward_ms=forward_ms,
             padded_batch_size=step.num_rows if shape is None or shape.prefills else shape.num_tokens,
@@ -141,9 +155,15 @@ class ModelRunner:
         shape: StepShape,
         plan: Plan,
         batch: PackedBatch,
-        arrays: dict[str, np.ndarray],
         began: float,
     ) -> None:
+        rows, half = batch.num_sampled, shape.num_tokens // 2
+        split = split_evenly(batch.context_lens, half) if shape.in_halves else None
+        arrays = self._arrays(plan, batch, split)
+        if split is not None:
+            arrays |= {name: apart(arrays[name], split, half, fill) for name, fill in self._fills.items()}
+        if not shape.prefills and not any(len(arrays.get(name, ())) for name in ("merges", "second_merges")):
+            shape = graphs.without_cuts(shape)
         if shape.prefills:
             # New tables and settings come in any number: they are entered before the step.
             self._memory = None
@@ -156,21 +176,26 @@ class ModelRunner:
         graphs.send(shape, arrays)
         prepared = time.perf_counter()
         started = self._mark(0)
-        tokens = graphs.run(shape)[: batch.num_sampled]
-        self._launch(tokens, started, began, prepared, plan.num_rows, logits_rows=shape.num_sampled, shape=shape)
+        tokens = graphs.run(shape)
+        parts = (slice(rows),) if split is None else (slice(split), slice(half, half + rows - split))
+        self._launch(tokens, parts, started, began, prepared, plan.num_rows, logits_rows=len(tokens), shape=shape)
 
-    def _run_at_own_size(self, plan: Plan, batch: PackedBatch, arrays: dict[str, np.ndarray], began: float) -> None:
-        inputs = self._uploader.send(arrays)
+    def _run_at_own_size(self, plan: Plan, batch: PackedBatch, began: float) -> None:
+        self._shares_prefixes(plan, batch)
+        inputs = self._uploader.send(self._arrays(plan, batch))
         prepared = time.perf_counter()
         started = self._mark(0)
         self._enter(inputs)
         tokens = self._step(inputs, self._own_meta(plan, batch, inputs), batch.num_sampled)
         self._memory = None
-        self._launch(tokens, started, began, prepared, plan.num_rows, logits_rows=len(batch.logits_index), shape=None)
+        parts = (slice(len(tokens)),)
+        logits_rows = len(batch.logits_index)
+        self._launch(tokens, parts, started, began, prepared, plan.num_rows, logits_rows=logits_rows, shape=None)
 
     def _launch(
         self,
         tokens: Tensor,
+        parts: tuple[slice, ...],
         started: "torch.cuda.Event | None",
         began: float,
         prepared: float,
@@ -179,15 +204,16 @@ class ModelRunner:
         logits_rows: int,
         shape: StepShape | None,
     ) -> None:
-        """Send the tokens on their way to the host."""
-        buffer = self._token_buffers[self._num_submitted % self._depth][: len(tokens)]
-        buffer.copy_(tokens, non_blocking=True)
+        """Send the tokens on their way to the host; `parts` of them are the rows', the rest is padding."""
+        end = parts[-1].stop
+        buffer = self._token_buffers[self._num_submitted % self._depth][:end]
+        buffer.copy_(tokens[:end], non_blocking=True)
         done = self._mark(1)
         self._num_submitted += 1
         now = time.perf_counter()
         self._launched.append(
             _Launched(
-                token_ids=buffer.numpy(),
+                token_ids=tuple(buffer.numpy()[part] for part in parts),
                 started=started,
                 done=done,
                 forward_ms=(now - prepared) * 1e3,
@@ -217,6 +243,8 @@ class ModelRunner:
         """A whole step over inputs of that shape: tokens int32 [num_sampled]."""
         if not shape.prefills:
             self._state.update_tables(inputs["table_places"], inputs["table_blocks"])
+        if shape.in_halves:
+            return self._sample(self._run_in_halves(inputs, shape), inputs)
         rows = decode_work = prefill_work = None
         if self._work is None:
             rows = AttentionRows(
@@ -229,7 +257,9 @@ class ModelRunner:
                 query_starts=None,
             )
         else:
-            decode_work = self._work.decode_work(inputs, shape.shares_prefixes)
+            decode_work = self._work.decode_work(
+                inputs, shares_prefixes=shape.shares_prefixes, cuts_rows=shape.cuts_rows
+            )
             prefill_work = self._work.prefill_work(inputs) if shape.prefills else None
         meta = AttentionMeta(
             kv_cache=self._kv_cache,
@@ -247,7 +277,30 @@ class ModelRunner:
         hidden = self._model(tokens, inputs["positions"], meta, inputs.get("logits_index"))
         if not num_sampled:  # of no row is this the last chunk; its keys and values are stored all the same
             return torch.empty(0, dtype=torch.int32, device=self.device)
-        logits = self._model.compute_logits(hidden)[:num_sampled]
+        return self._sample(hidden, inputs)
+
+    def _run_in_halves(self, inputs: Mapping[str, Tensor], shape: StepShape) -> Tensor:
+        """Hidden states [num_tokens, D]."""
+        assert self._work is not None
+        assert self._halves is not None
+        half = shape.num_tokens // 2
+        first, second = self._work.halves(inputs, cuts_rows=shape.cuts_rows)
+
+        def run(rows: slice, work: "DecodeWork") -> Tensor:
+            meta = AttentionMeta(
+                kv_cache=self._kv_cache,
+                block_tables=self._state.block_tables,
+                slot_mapping=inputs["slot_mapping"][rows],
+                decode_work=work,
+            )
+            tokens = inputs["input_ids"][rows], self._state.last_tokens
+            return self._model(tokens, inputs["positions"][rows], meta)
+
+        return self._halves.run(lambda: run(slice(None, half), first), lambda: run(slice(half, None), second))
+
+    def _sample(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """int32 [rows that sample] of hidden states [those, perhaps padded, D]."""
+        logits = self._model.compute_logits(hidden)[: len(inputs["sample_slots"])]
         draws = self._state.sampling.draws(inputs["sample_slots"], inputs["sample_positions"])
         return self._model.ops.sample(logits, draws, self._state.last_tokens).to(torch.int32)
 
@@ -267,7 +320,7 @@ class ModelRunner:
             )
         else:
             shares_prefixes = len(inputs.get("prefix_items", ())) > 0
-            decode_work = self._work.decode_work(inputs, shares_prefixes) if decodes else None
+            decode_work = self._work.decode_work(inputs, shares_prefixes=shares_prefixes) if decodes else None
             prefill_work = self._work.prefill_work(inputs) if prefills else None
         return AttentionMeta(
             kv_cache=self._kv_cache,
@@ -280,8 +333,12 @@ class ModelRunner:
 
     # What the host prepares
 
-    def _arrays(self, plan: Plan, batch: PackedBatch) -> dict[str, np.ndarray]:
-        """Everything that the step's kernels read, by name."""
+    def _shares_prefixes(self, plan: Plan, batch: PackedBatch) -> bool:
+        work = self._work
+        return work is not None and work.find_prefixes(plan, self._tables.array, batch.context_lens)
+
+    def _arrays(self, plan: Plan, batch: PackedBatch, split: int | None = None) -> dict[str, np.ndarray]:
+        """Everything that the step's kernels read, by name; of a step in halves, whose second one begins at `split`."""
         width = self._tables.array.shape[1]
         arrays = {
             "table_places": plan.table_slots.astype(np.int64) * width + plan.table_columns,
@@ -297,7 +354,7 @@ class ModelRunner:
             arrays["admitted_slots"] = np.array([admission.slot for admission in plan.admissions], np.int64)
             arrays["settings"] = settings_rows(plan.admissions)
         if self._work is not None:
-            return arrays | self._work.arrays(plan, self._tables.array, batch.context_lens)
+            return arrays | self._work.arrays(plan, batch.context_lens, split)
         counts = plan.num_tokens[plan.num_decodes :]
         return arrays | {
             "slots": plan.slots.astype(np.int64),
@@ -306,13 +363,13 @@ class ModelRunner:
         }
 
     def _fixed_inputs(self, shape: StepShape) -> FixedInputs:
-        state = self._state
+        state, fills = self._state, self._fills
         inputs = {
-            "input_ids": Padding(np.int64, (shape.num_tokens,), -1 - state.spare_slot),
-            "positions": Padding(np.int64, (shape.num_tokens,), 0),
-            "slot_mapping": Padding(np.int64, (shape.num_tokens,), -1),
-            "sample_slots": Padding(np.int64, (shape.num_sampled,), state.spare_slot),
-            "sample_positions": Padding(np.int32, (shape.num_sampled,), 0),
+            "input_ids": Padding(np.int64, (shape.num_tokens,), fills["input_ids"]),
+            "positions": Padding(np.int64, (shape.num_tokens,), fills["positions"]),
+            "slot_mapping": Padding(np.int64, (shape.num_tokens,), fills["slot_mapping"]),
+            "sample_slots": Padding(np.int64, (shape.num_sampled,), fills["sample_slots"]),
+            "sample_positions": Padding(np.int32, (shape.num_sampled,), fills["sample_positions"]),
         }
         if shape.prefills:
             inputs["logits_index"] = Padding(np.int64, (shape.num_sampled,), 0)
@@ -327,6 +384,12 @@ class ModelRunner:
 _ENTERED = ("table_places", "table_blocks", "admitted_slots", "settings")
 _BY_ROWS = ("slots", "context_lens", "query_starts")
 """What only steps at their own size need, of backends that go by rows."""
+
+
+def _halves(device: torch.device) -> "Halves":
+    from nanovllm.runner.halves import Halves  # of kernels that need triton
+
+    return Halves(device)
 
 
 def _event_pair() -> "tuple[torch.cuda.Event, torch.cuda.Event]":

@@ -1,7 +1,7 @@
 """Steps at fixed shapes: a step runs at the next shape that holds it, as one CUDA graph from embedding to token."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from nanovllm.runner.graph_sizes import GraphSizes, next_size
 from nanovllm.runner.uploads import FixedInputs
 
 MIN_ROWS_WITH_PREFIX = 4
+MIN_ROWS_WHOLE = 64
+"""Fewer rows are always cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,10 @@ class StepShape:
     """Whether rows may prefill; otherwise every token is a decode row."""
     shares_prefixes: bool
     """Whether prefixes that decode rows share are read apart."""
+    in_halves: bool = False
+    """Whether a decode step runs as two halves beside each other, each of half the tokens."""
+    cuts_rows: bool = True
+    """Whether rows of a decode step may be cut, whose partial results must be merged."""
 
 
 StepFunction = Callable[[Mapping[str, Tensor], StepShape], Tensor]
@@ -65,8 +71,8 @@ class StepGraphs:
             if sizes.tokens:
                 self._prepare(self._prefill_shape(sizes.tokens[-1], sizes.sampled[-1]))
             for rows in reversed(sizes.decodes):
-                for shares_prefixes in (False, True) if finds_prefixes and rows >= MIN_ROWS_WITH_PREFIX else (False,):
-                    self._prepare(self._decode_shape(rows, shares_prefixes))
+                for shape in self._decode_shapes(rows):
+                    self._prepare(shape)
 
     @property
     def num_graphs(self) -> int:
@@ -76,11 +82,15 @@ class StepGraphs:
         """Whether steps with prefills, or without, run at fixed shapes."""
         return not prefills or bool(self.sizes.tokens)
 
-    def shape(self, num_tokens: int, num_sampled: int, *, prefills: bool, shares_prefixes: bool) -> StepShape:
-        """The shape that such a step runs at, where it has one."""
+    def shape(
+        self, num_tokens: int, num_sampled: int, *, prefills: bool, shares_prefixes: bool, context_tokens: int = 0
+    ) -> StepShape:
+        """The shape that such a step runs at, where it has one; `context_tokens` are those of all rows' contexts."""
         assert self.has_shapes(prefills=prefills)
         if not prefills:
-            return self._decode_shape(next_size(self.sizes.decodes, num_tokens), shares_prefixes)
+            in_halves = not shares_prefixes and self.sizes.runs_in_halves(num_tokens, context_tokens)
+            rows = next_size(self.sizes.decodes, num_tokens)
+            return self._decode_shape(rows, shares_prefixes=shares_prefixes, in_halves=in_halves)
         return self._prefill_shape(next_size(self.sizes.tokens, num_tokens), next_size(self.sizes.sampled, num_sampled))
 
     def send(self, shape: StepShape, arrays: Mapping[str, np.ndarray]) -> None:
@@ -97,8 +107,29 @@ class StepGraphs:
         prepared.graph.replay()
         return prepared.tokens
 
-    def _decode_shape(self, rows: int, shares_prefixes: bool) -> StepShape:
-        return StepShape(num_tokens=rows, num_sampled=rows, prefills=False, shares_prefixes=shares_prefixes)
+    def without_cuts(self, shape: StepShape) -> StepShape:
+        """The shape of a step at `shape` of whose rows none is cut."""
+        whole = replace(shape, cuts_rows=False)
+        return whole if whole in self._decode_shapes(shape.num_tokens) else shape
+
+    def _decode_shapes(self, rows: int) -> list[StepShape]:
+        shapes = [self._decode_shape(rows)]
+        if rows in self.sizes.in_halves:
+            shapes.append(self._decode_shape(rows, in_halves=True))
+        if rows >= MIN_ROWS_WHOLE:
+            shapes += [replace(shape, cuts_rows=False) for shape in shapes]
+        if self._finds_prefixes and rows >= MIN_ROWS_WITH_PREFIX:
+            shapes.append(self._decode_shape(rows, shares_prefixes=True))
+        return shapes
+
+    def _decode_shape(self, rows: int, *, shares_prefixes: bool = False, in_halves: bool = False) -> StepShape:
+        return StepShape(
+            num_tokens=rows,
+            num_sampled=rows,
+            prefills=False,
+            shares_prefixes=shares_prefixes,
+            in_halves=in_halves,
+        )
 
     def _prefill_shape(self, num_tokens: int, num_sampled: int) -> StepShape:
         return StepShape(

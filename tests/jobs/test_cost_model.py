@@ -160,7 +160,10 @@ def test_sizes_of_plans_are_those_of_their_records(recorded: Predictor):
 @pytest.mark.parametrize(("seqs", "tokens"), [(1, 64), (100, 1000), (700, 9000)])
 def test_steps_are_padded_as_the_runner_pads_them(recorded: Predictor, seqs: int, tokens: int):
     settings = replace(SMALL, max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    padding, sizes = Padding.of(recorded.run, settings), graph_sizes(seqs, tokens, with_prefills=True)
+    padding, sizes = (
+        Padding.of(recorded.run, settings),
+        graph_sizes(seqs, tokens, with_prefills=True, with_halves=False),
+    )
     for count in range(1, seqs + 1):
         assert padding.padded(StepSizes(count, count, count, count, 0, 0))[0] == next_size(sizes.decodes, count)
         both = padding.padded(StepSizes(count, count - 1, count, count, 0, 0))

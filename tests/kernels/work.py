@@ -39,4 +39,5 @@ def decode_work(paged: Paged, heads: int, groups: list[PrefixGroup], shape: Work
         partial_out=torch.full((partials, heads, head_size), torch.nan, device=DEVICE),
         partial_lse=torch.full((partials, heads), torch.nan, device=DEVICE),
         shares_prefixes=bool(groups),
+        cuts_rows=True,
     )

@@ -3,13 +3,22 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from kernels.attention_work import ITEM_FIELDS
-from nanovllm.runner.decode_work import EXTRA_ITEMS, MAX_CHUNK, MIN_CHUNK, TILE, WorkArrays, WorkLimits, share_out
+from nanovllm.runner.decode_work import (
+    EXTRA_ITEMS,
+    LONGEST_SHARE,
+    MAX_CHUNK,
+    MIN_CHUNK,
+    TILE,
+    WorkArrays,
+    WorkLimits,
+    share_out,
+)
 from nanovllm.runner.shared_prefixes import MIN_MEMBERS, PrefixGroup
 
 Piece = tuple[int, int]
@@ -158,10 +167,21 @@ def test_the_longest_items_come_first(any_case: Case) -> None:
 
 
 def test_no_item_is_longer_than_a_chunk_may_be(any_case: Case) -> None:
-    """Longer ones only where there would be more than EXTRA_ITEMS of MAX_CHUNK."""
+    """Longer ones only where there would be more than EXTRA_ITEMS of MAX_CHUNK, or no more than a program's share."""
     own = int((any_case.contexts - any_case.prefix_tokens()).sum())
     longest = int((any_case.work.items[:, 3] - any_case.work.items[:, 2]).max())
-    assert longest <= max(MAX_CHUNK, own / EXTRA_ITEMS + TILE)
+    share = own * any_case.limits.num_kv_heads / any_case.limits.num_programs
+    assert longest <= max(MAX_CHUNK, own / EXTRA_ITEMS + TILE, share * LONGEST_SHARE)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(("rows", "is_cut"), [(256, False), (64, False), (16, True), (1, True)])
+def test_rows_are_cut_only_where_they_share_out_badly(rows: int, is_cut: bool, beside: bool) -> None:
+    shape = replace(limits(kv_heads=8, programs=264), beside=beside)
+    of = case(np.full(rows, 5000), [], 16, shape)
+    assert (len(of.work.merges) > 0) == is_cut
+    lopsided = case(np.array([*[100] * (rows - 1), 20_000]), [], 16, shape)
+    assert len(lopsided.work.merges) > 0, "one row would keep a program busy long after all others"
 
 
 def test_the_work_fits_what_the_device_has_room_for(any_case: Case) -> None:

@@ -12,6 +12,8 @@ from nanovllm.errors import PromptError
 from nanovllm.prompt_worker import PromptWorker
 from nanovllm.prompts import Conversation
 from nanovllm.runner import attention_work
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.step_graphs import StepShape
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import load_tokenizer
 from tests.checkpoints import write_checkpoint
@@ -111,6 +113,22 @@ def definition(
     return expected, dict(harness.logits)
 
 
+def count_steps_in_halves(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
+    """Fills the list that it returns."""
+    runner, halved = harness.assembly.engine.runner, []
+    assert isinstance(runner, ModelRunner)
+    if runner.graphs is not None:
+        run = runner.graphs.run
+
+        def spy(shape: StepShape) -> torch.Tensor:
+            if shape.in_halves:
+                halved.append(shape)
+            return run(shape)
+
+        monkeypatch.setattr(runner.graphs, "run", spy)
+    return halved
+
+
 BF16_BOUND = 0.5
 """How far apart the two best logits (of order 20, where bfloat16 has steps of 1/8) may be for rounding to swap them."""
 
@@ -124,17 +142,22 @@ BF16_BOUND = 0.5
         {"block_size": 256, "attention": "flash_attn"},
         {"block_size": 256, "attention": "flash_attn", "enforce_eager": True},
         {"max_num_batched_tokens": 500},
+        {"max_num_seqs": 100, "prefix_caching": False},  # steps in halves, once they are made to
     ],
 )
 def test_bfloat16_differs_only_where_the_best_two_tokens_are_close(
     bundled: tuple[list[list[int]], list[str]],
     definition: tuple[list[list[int]], dict[tuple[int, int], torch.Tensor]],
     way: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts, answers = bundled
     expected, logits = definition
+    monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_TOKENS", 1)
     harness = build("tiny", device="cuda", dtype="bfloat16", **way)  # pyright: ignore[reportArgumentType]
+    halved = count_steps_in_halves(harness, monkeypatch)
     actual = harness.run(prompts, GREEDY)
+    assert len(halved) > 50 or "max_num_seqs" not in way
     for row, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         pairs = enumerate(zip(ours.token_ids, theirs, strict=False))
         first = next((i for i, (a, b) in pairs if a != b), None)
@@ -152,14 +175,15 @@ def test_flash_attn_says_what_it_lacks() -> None:
         build("tiny", device="cuda", attention="flash_attn", block_size=256)
 
 
-def test_logits_of_a_real_shape_err_no_more_than_transformers_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_prompts", [5, 40])
+def test_logits_of_a_real_shape_err_no_more_than_transformers_do(tmp_path: Path, num_prompts: int) -> None:
     """Qwen3-0.6B's shape with random weights that bfloat16 holds exactly; errors are against float32."""
     shape = json.loads((MODELS / "configs" / "Qwen" / "Qwen3-0.6B" / "config.json").read_text())
     torch.manual_seed(0)
     theirs = Qwen3ForCausalLM(Qwen3Config(**shape)).to("cuda", torch.bfloat16).eval()
     theirs.save_pretrained(tmp_path)
     harness = build(tmp_path, device="cuda", dtype="bfloat16", enforce_eager=True, max_model_len=512)
-    prompts = random_prompts([1, 17, 64, 200, 333], seed=4)
+    prompts = random_prompts([1, 17, 64, 200, 333, *range(20, 15 + num_prompts)], seed=4)
     outputs = harness.run(prompts, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
     ours, ids = [], []
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):

@@ -13,7 +13,7 @@ from nanovllm.runner.step_graphs import StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding
 
 FILL = -5
-SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 320], sampled=[4, 12])
+SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 320], sampled=[4, 12], in_halves=[])
 
 limits = pytest.mark.parametrize(
     ("max_num_seqs", "max_num_batched_tokens"),
@@ -45,7 +45,7 @@ def padding(sizes: list[int], most: int) -> list[tuple[int, int]]:
 
 @limits
 def test_sizes_ascend_to_the_largest_step(max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True)
+    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True, with_halves=False)
     for of_kind, most in (
         (sizes.decodes, max_num_seqs),
         (sizes.sampled, max_num_seqs),
@@ -59,7 +59,7 @@ def test_sizes_ascend_to_the_largest_step(max_num_seqs: int, max_num_batched_tok
 
 @limits
 def test_every_count_has_a_size_and_little_padding(max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True)
+    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True, with_halves=False)
     assert all(padded < min(count, 64) for count, padded in padding(sizes.decodes, max_num_seqs))
     assert all(padded < max(count, 16) for count, padded in padding(sizes.sampled, max_num_seqs))
     tokens = padding(sizes.tokens, max_num_batched_tokens)
@@ -71,7 +71,9 @@ def test_every_count_has_a_size_and_little_padding(max_num_seqs: int, max_num_ba
 def test_every_step_has_a_shape_that_holds_it(
     max_num_seqs: int, max_num_batched_tokens: int, with_prefills: bool
 ) -> None:
-    graphs = step_graphs(graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=with_prefills))
+    graphs = step_graphs(
+        graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=with_prefills, with_halves=False)
+    )
     shapes = set()
     for shares_prefixes in (False, True):
         for rows in range(1, max_num_seqs + 1):

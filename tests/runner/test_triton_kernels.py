@@ -1,10 +1,14 @@
 """The engine on the Triton kernels gives the tokens of the reference; without a GPU, in Triton's interpreter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanovllm.runner.graph_sizes import GraphSizes
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.step_graphs import StepShape
 from nanovllm.sampling_params import SamplingParams
 from tests.checkpoints import write_checkpoint
 from tests.kernels.paged import DEVICE
@@ -16,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=6, ignore_eos=True, seed=3)
-SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 160, 400], sampled=[4, 12])
+SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 160, 400], sampled=[4, 12], in_halves=[])
 PREFIX = random_prompts([64], seed=5)[0]
 PROMPTS = [*random_prompts([1, 15, 17]), *(PREFIX + tail for tail in random_prompts([3, 1, 20, 9], seed=6))]
 
@@ -92,6 +96,42 @@ def test_draws_are_those_of_the_reference(checkpoint: Path) -> None:
     drawn, wanted = tokens(harness, SAMPLED), tokens(build(checkpoint), SAMPLED)
     same = sum(a == b for x, y in zip(drawn, wanted, strict=True) for a, b in zip(x, y, strict=True))
     assert same >= 0.95 * SAMPLED.max_tokens * len(PROMPTS)  # a draw may differ within rounding of a boundary
+
+
+def test_decode_steps_in_halves_change_no_token(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_ROWS", 2)
+    monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_TOKENS", 1)
+    sizes = replace(SIZES, in_halves=[2, 4, 12])
+    harness = on_triton(checkpoint, max_num_batched_tokens=72, fixed_sizes=sizes)
+    runner = harness.assembly.engine.runner
+    assert isinstance(runner, ModelRunner)
+    assert runner.graphs is not None
+    shapes = []
+    run = runner.graphs.run
+
+    def spy(shape: StepShape) -> torch.Tensor:
+        shapes.append(shape)
+        return run(shape)
+
+    monkeypatch.setattr(runner.graphs, "run", spy)
+    assert tokens(harness, GREEDY) == expected
+    assert {shape.num_tokens for shape in shapes if shape.in_halves} >= {2, 12}
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    prompts = random_prompts([14] * 5)
+    preempting = build(
+        checkpoint,
+        device=DEVICE.type,
+        kernels="triton",
+        attention="triton",
+        num_blocks=6,
+        max_num_seqs=12,
+        fixed_sizes=sizes,
+    )
+    got = [output.token_ids for output in preempting.run(prompts, params)]
+    assert got == [output.token_ids for output in build(checkpoint).run(prompts, params)]
+    assert preempting.counters.preemptions > 0
 
 
 def test_prefixes_that_rows_share_are_read_apart(
