@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nanovllm.engine.plan import Plan
-from nanovllm.runner.batch import BlockTables, PackedBatch, kv_slots, pack
+from nanovllm.runner.batch import BlockTables, PackedBatch, apart, kv_slots, pack, split_evenly
 
 
 def int32(*values: int) -> np.ndarray:
@@ -95,3 +95,25 @@ def test_tables_keep_what_earlier_plans_entered() -> None:
     tables.update(plan(starts=[0], counts=[1], samples=[True], num_decodes=0, ids=[1], tables={1: [8, 3]}))
     tables.update(plan(starts=[0], counts=[1], samples=[True], num_decodes=0, ids=[1], tables={0: [5]}))
     assert tables.array[:, :2].tolist() == [[5, 0], [8, 3]]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_halves_fit_and_are_as_even_as_that_allows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    half = int(rng.integers(1, 65))
+    lens = rng.integers(1, int(rng.choice([2, 100, 5000])), int(rng.integers(2, 2 * half + 1)) if half > 1 else 2)
+    split = split_evenly(lens, half)
+    allowed = range(max(len(lens) - half, 1), min(half, len(lens) - 1) + 1)
+    assert split in allowed
+
+    def unevenness(place: int) -> int:
+        return abs(int(lens[:place].sum()) - int(lens[place:].sum()))
+
+    assert unevenness(split) <= min(map(unevenness, allowed)) + 2 * lens.max()
+
+
+def test_halves_stand_apart_with_padding_behind_each() -> None:
+    spread = apart(np.array([5, 6, 7], np.int32), split=2, half=4, fill=-1)
+    assert spread.tolist() == [5, 6, -1, -1, 7]
+    assert spread.dtype == np.int32
+    assert apart(np.array([5, 6]), split=1, half=1, fill=-1).tolist() == [5, 6]

@@ -1,6 +1,7 @@
 """Sizes that hold every step, and steps that run at them; without graphs, as on a CPU."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
-from nanovllm.runner.step_graphs import StepGraphs, StepShape
+from nanovllm.runner.graph_sizes import MIN_HALVES_ROWS, MIN_HALVES_TOKENS, GraphSizes, graph_sizes
+from nanovllm.runner.step_graphs import MIN_ROWS_WHOLE, StepGraphs, StepShape
 from nanovllm.runner.uploads import FixedInputs, Padding
 
 FILL = -5
@@ -92,6 +93,30 @@ def test_every_step_has_a_shape_that_holds_it(
             assert shape.shares_prefixes, "a mixed step's decodes may share prefixes"
             shapes.add(shape)
     assert len(shapes) <= graphs.sizes.most_graphs()
+
+
+@limits
+def test_decode_steps_with_much_context_run_in_halves(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True, with_halves=True)
+    assert set(sizes.in_halves) <= set(sizes.decodes)
+    assert all(size % 2 == 0 for size in sizes.in_halves)
+    graphs = step_graphs(sizes)
+    shapes = set()
+    for rows in range(1, max_num_seqs + 1):
+        for context_tokens in (rows, MIN_HALVES_TOKENS - 1, MIN_HALVES_TOKENS, 10 * MIN_HALVES_TOKENS):
+            shape = graphs.shape(rows, rows, prefills=False, shares_prefixes=False, context_tokens=context_tokens)
+            fits = shape.num_tokens in sizes.in_halves and rows >= MIN_HALVES_ROWS
+            assert shape.in_halves == (fits and context_tokens >= MIN_HALVES_TOKENS)
+            whole = graphs.without_cuts(shape)
+            assert whole in (shape, replace(shape, cuts_rows=False))
+            assert (whole != shape) == (shape.num_tokens >= MIN_ROWS_WHOLE)
+            shapes |= {shape, whole}
+        apart = graphs.shape(rows, rows, prefills=False, shares_prefixes=True, context_tokens=10**6)
+        assert not apart.in_halves
+        assert graphs.without_cuts(apart) == apart, "there is no graph of that kind"
+        shapes.add(apart)
+    assert any(shape.in_halves for shape in shapes) == (max_num_seqs >= MIN_HALVES_ROWS)
+    assert len(shapes) <= sizes.most_graphs()
 
 
 def test_without_shared_prefixes_no_prefill_shape_has_them() -> None:
