@@ -67,21 +67,18 @@ def test_greedy_tokens_are_those_of_the_reference(
     assert fixed_sizes is None or DEVICE.type == "cuda" or padded <= set(fixed_sizes.decodes)
 
 
-def test_preempted_rows_too(checkpoint: Path) -> None:
+def preempting(checkpoint: Path, sizes: GraphSizes) -> None:
+    """Rows that are preempted, and begin again, end with the reference's tokens."""
     prompts = random_prompts([14] * 5)
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    harness = build(
-        checkpoint,
-        device=DEVICE.type,
-        kernels="triton",
-        attention="triton",
-        num_blocks=6,
-        max_num_seqs=12,
-        fixed_sizes=SIZES,
-    )
+    harness = on_triton(checkpoint, num_blocks=6, fixed_sizes=sizes)
     got = [output.token_ids for output in harness.run(prompts, params)]
     assert got == [output.token_ids for output in build(checkpoint).run(prompts, params)]
     assert harness.counters.preemptions > 0
+
+
+def test_preempted_rows_too(checkpoint: Path) -> None:
+    preempting(checkpoint, SIZES)
 
 
 def test_each_choice_alone(checkpoint: Path, expected: list[list[int]]) -> None:
@@ -118,20 +115,7 @@ def test_decode_steps_in_halves_change_no_token(
     monkeypatch.setattr(runner.graphs, "run", spy)
     assert tokens(harness, GREEDY) == expected
     assert {shape.num_tokens for shape in shapes if shape.in_halves} >= {2, 12}
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    prompts = random_prompts([14] * 5)
-    preempting = build(
-        checkpoint,
-        device=DEVICE.type,
-        kernels="triton",
-        attention="triton",
-        num_blocks=6,
-        max_num_seqs=12,
-        fixed_sizes=sizes,
-    )
-    got = [output.token_ids for output in preempting.run(prompts, params)]
-    assert got == [output.token_ids for output in build(checkpoint).run(prompts, params)]
-    assert preempting.counters.preemptions > 0
+    preempting(checkpoint, sizes)
 
 
 def test_prefixes_that_rows_share_are_read_apart(
