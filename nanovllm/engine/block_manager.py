@@ -17,7 +17,7 @@ ROOT = 0
 _ALLOCATE, _COMMIT, _EVICT, _FREE, _HIT, _RELEASE = (
     KIND_CODES[kind] for kind in (ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE)
 )
-_NO_BLOCKS = np.empty(0, np.int32)
+_NO_BLOCKS = np.empty(0, np.intp)
 
 
 PublishRun = tuple[int, int, int]
@@ -43,7 +43,7 @@ class BlockManager:
     over the chain a hit therefore holds exactly the wanted prefix, whatever the hash does.
 
     State is kept in arrays, and blocks are taken, hit, published and given back many at a time: a step may admit a
-    hundred prompts of a hundred blocks. Block ids come and go as int32 arrays.
+    hundred prompts of a hundred blocks. Block ids come and go as intp arrays, which index without being converted.
 
     Every change is recorded in the order in which it happens; the owner drains the events.
     """
@@ -86,6 +86,14 @@ class BlockManager:
 
     def drain_events(self) -> BlockEvents:
         return self._log.drain()
+
+    def discard_events(self) -> None:
+        self._log.discard()
+
+    def next_hash(self, hashes: list[int], tokens: bytes) -> int:
+        """The chained hash of the one block of `tokens`, which follows on those that `hashes` are of."""
+        last = hashes[-1] if hashes else 0
+        return xxhash.xxh64_intdigest(last.to_bytes(8, "little") + tokens) & self._hash_mask
 
     def extend_hashes(self, hashes: list[int], tokens: bytes) -> None:
         """Append the chained hash of each whole block of `tokens`, which follow on those that `hashes` are of.
@@ -134,9 +142,9 @@ class BlockManager:
             more = self._walk(self.content_of(last.blocks[-1]), hashes[count:])
             if not more:
                 return last.blocks
-            blocks = np.concatenate([last.blocks, np.array(more, np.int32)])
+            blocks = np.concatenate([last.blocks, np.array(more, np.intp)])
         else:
-            blocks = np.array(self._walk(ROOT, hashes), np.int32)
+            blocks = np.array(self._walk(ROOT, hashes), np.intp)
         if len(blocks):
             self._last_found = _Prefix(hashes[: len(blocks)], blocks, self._contents[blocks].tobytes())
         return blocks

@@ -1,4 +1,7 @@
-"""The block events of a step, collected as rows of one array."""
+"""The block events of a step, collected as columns and made into rows of one array when someone asks for them."""
+
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,13 +13,28 @@ NO_REASON = REASON_CODES[None]
 _NO_EVENTS = BlockEvents(np.empty(0, BLOCK_EVENT_ROW))
 
 
-class BlockEventLog:
-    """Takes the events of many blocks in one go: each column is a value for all of them, or an array."""
+class _Entry(NamedTuple):
+    """The columns of BLOCK_EVENT_ROW, in its order."""
 
-    def __init__(self, capacity: int = 4096) -> None:
-        self._num_rows = 0
-        self._rows = np.empty(0, BLOCK_EVENT_ROW)
-        self._grow(capacity)
+    event: int | np.ndarray
+    reason: int | np.ndarray
+    has_hash: bool | np.ndarray
+    block_id: np.ndarray
+    ref_count: int | np.ndarray
+    free_blocks: int | np.ndarray
+    seq_id: int | np.ndarray
+    block_hash: int | np.ndarray
+
+
+class BlockEventLog:
+    """Takes the events of many blocks in one go: each column is a value for all of them, or an array.
+
+    Arrays are kept as they are, so that events nobody listens to cost next to nothing: who hands one over changes it
+    no more.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
 
     def add(
         self,
@@ -30,35 +48,26 @@ class BlockEventLog:
         has_hash: bool | np.ndarray = False,
         reason: int | np.ndarray = NO_REASON,
     ) -> None:
-        first = self._num_rows
-        end = first + len(block_ids)
-        if end > len(self._rows):
-            self._grow(2 * end)
-        self._num_rows = end
-        self._event[first:end] = event
-        self._reason[first:end] = reason
-        self._has_hash[first:end] = has_hash
-        self._block_id[first:end] = block_ids
-        self._ref_count[first:end] = ref_counts
-        self._free_blocks[first:end] = free_blocks
-        self._seq_id[first:end] = seq_ids
-        self._block_hash[first:end] = hashes
+        self._entries.append(_Entry(event, reason, has_hash, block_ids, ref_counts, free_blocks, seq_ids, hashes))
 
     def events(self) -> BlockEvents:
         """What has been added since the last drain."""
-        return BlockEvents(self._rows[: self._num_rows].copy())
+        if not self._entries:
+            return _NO_EVENTS
+        ends = list(accumulate(len(entry.block_id) for entry in self._entries))
+        rows = np.zeros(ends[-1], BLOCK_EVENT_ROW)
+        for name, values in zip(_Entry._fields, zip(*self._entries, strict=True), strict=True):
+            column, first = rows[name], 0
+            for end, value in zip(ends, values, strict=True):
+                column[first:end] = value
+                first = end
+        return BlockEvents(rows)
 
     def drain(self) -> BlockEvents:
-        if not self._num_rows:
-            return _NO_EVENTS
         events = self.events()
-        self._num_rows = 0
+        self._entries.clear()
         return events
 
-    def _grow(self, capacity: int) -> None:
-        rows = np.zeros(capacity, BLOCK_EVENT_ROW)
-        rows[: self._num_rows] = self._rows[: self._num_rows]
-        self._rows = rows
-        self._event, self._reason, self._has_hash = rows["event"], rows["reason"], rows["has_hash"]
-        self._block_id, self._ref_count, self._free_blocks = rows["block_id"], rows["ref_count"], rows["free_blocks"]
-        self._seq_id, self._block_hash = rows["seq_id"], rows["block_hash"]
+    def discard(self) -> None:
+        """Forget them: nobody listens."""
+        self._entries.clear()

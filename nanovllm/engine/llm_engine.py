@@ -188,7 +188,7 @@ class LLMEngine:
             return False
         event = self._schedule_event(scheduled, start_ns) if self.recorders else None
         if event is None:
-            self._blocks.drain_events()
+            self._blocks.discard_events()
         schedule_ms = (self.clock() - start_ns) / 1e6
         if event is not None:
             for recorder in self.recorders:
@@ -212,7 +212,7 @@ class LLMEngine:
         commit = self.scheduler.commit(submitted.plan, result.token_ids, end_ns)
         self.last_committed = submitted.plan.step
         if submitted.event is None:
-            self._blocks.drain_events()
+            self._blocks.discard_events()
         else:
             self._tell(submitted.event, submitted.schedule_ms, result, commit, end_ns)
         return [self._finish(ended) for ended in commit.ended]

@@ -8,12 +8,13 @@ from nanovllm.engine.block_manager import ROOT, BlockManager
 from nanovllm.engine.sequence import Ended, Sequence
 from nanovllm.events import ABORTED, FINISHED
 
+_NOTHING = np.empty(0, np.int32)
 CUT = -1
 """In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
 
 
 class TableEntries(NamedTuple):
-    """table[slot, column] = block, each int32 [entries]"""
+    """table[slot, column] = block, each [entries]"""
 
     slots: np.ndarray
     columns: np.ndarray
@@ -32,11 +33,13 @@ class Running:
         0 ..... capacity[s]            there are blocks for the KV
 
     Who schedules or commits reads these arrays and may set one of them; what must change together, a method here does.
+
+    Slots come and go as intp arrays, which index without being converted: at these sizes that is most of the time.
     """
 
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_model_len: int) -> None:
         self._blocks = blocks
-        self.order = np.empty(0, np.int32)
+        self.order = np.empty(0, np.intp)
         """Slots that are taken, in order of admission."""
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
@@ -63,8 +66,8 @@ class Running:
         self.stops_at_eos = per_slot(np.bool_)
         self.has_own_stops = per_slot(np.bool_)
         self.has_first_token = per_slot(np.bool_)
-        self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.int32)
-        self._published = per_slot(np.int32)
+        self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.intp)
+        self._published = per_slot(np.intp)
         self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
 
         self._new_entries: list[TableEntries] = []  # for the next plan
@@ -93,7 +96,7 @@ class Running:
         slot = seq.slot = self.free_slots.pop()
         self.sequences[slot] = seq
         self.seq_ids[slot] = seq.seq_id
-        self.order = np.append(self.order, np.int32(slot))
+        self.order = np.append(self.order, slot)
         self.num_prefilling += 1
         self.tokens[slot, :num_tokens] = seq.token_ids
         self.computed[slot] = num_cached
@@ -118,16 +121,19 @@ class Running:
             ((slot, count),) = wanted
             self._enter(slot, self._blocks.allocate(self.seq_ids.item(slot), count))
         elif wanted:
-            slots, counts = np.array(wanted, np.int32).T
+            slots, counts = np.array(wanted, np.intp).T
             self.grow(slots, counts)
         wanted.clear()
 
-    def grow(self, slots: np.ndarray, counts: np.ndarray) -> None:
-        """`counts` [slots] more blocks for each slot."""
-        owners, columns = _spread(slots, self.capacity[slots] // self._blocks.block_size, counts)
+    def grow(self, slots: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """`counts` [slots] more blocks for each slot, or one more."""
+        capacity, size = self.capacity[slots], self._blocks.block_size
+        owners, columns = slots, (capacity // size).astype(np.intp)
+        if counts is not None:
+            owners, columns = _spread(slots, columns, counts)
         blocks = self._blocks.allocate(self.seq_ids[owners], len(owners))
         self._tables[owners, columns] = blocks
-        self.capacity[slots] += counts * self._blocks.block_size
+        self.capacity[slots] = capacity + (size if counts is None else size * counts)
         self._new_entries.append(TableEntries(owners, columns, blocks))
 
     def _enter(self, slot: int, blocks: np.ndarray) -> None:
@@ -135,11 +141,11 @@ class Running:
         first, count = self._num_held(slot), len(blocks)
         self._tables[slot, first : first + count] = blocks
         self.capacity[slot] += count * self._blocks.block_size
-        columns = np.arange(first, first + count, dtype=np.int32)
-        self._new_entries.append(TableEntries(np.full(count, slot, np.int32), columns, blocks))
+        columns = np.arange(first, first + count)
+        self._new_entries.append(TableEntries(np.full(count, slot), columns, blocks))
 
     def drain_table_entries(self) -> TableEntries:
-        """The entries since the last call, in the order in which they were made."""
+        """The entries since the last call, in the order in which they were made, as int32."""
         entries = _joined(self._new_entries)
         self._new_entries.clear()
         return entries
@@ -151,11 +157,11 @@ class Running:
 
         Returns where each slot starts, and whether it samples.
         """
-        starts = self.computed[slots]
+        starts, length = self.computed[slots], self.length[slots]
         ends = starts + num_tokens
-        samples = ends == self.length[slots]
+        samples = ends == length
         self.computed[slots] = ends
-        self.length[slots] += samples
+        self.length[slots] = length + samples
         self.in_flight[slots] += 1
         if num_decodes < len(slots):
             self.num_prefilling -= int(np.count_nonzero(samples[num_decodes:]))
@@ -170,8 +176,8 @@ class Running:
         if not self._blocks.prefix_caching:
             return
         full = self._num_full(slots)
-        due = full > self._published[slots]
-        if due.any():
+        due = (full > self._published[slots]).nonzero()[0]
+        if len(due):
             self._publish(slots[due], full[due])
 
     def _num_full(self, slots: np.ndarray) -> np.ndarray:
@@ -182,14 +188,15 @@ class Running:
         """Offer the slots' first `full` [slots] blocks for reuse, as far as that has not been done."""
         first = self._published[slots]
         self._published[slots] = full
-        goes_on = self._parent[slots] != CUT
-        if not goes_on.all():
-            slots, first, full = slots[goes_on], first[goes_on], full[goes_on]
+        parents = self._parent[slots]
+        goes_on = parents != CUT
+        if np.count_nonzero(goes_on) < len(slots):
+            slots, first, full, parents = slots[goes_on], first[goes_on], full[goes_on], parents[goes_on]
         counts = full - first
         owners, columns = _spread(slots, first, counts)
         tokens = self._token_blocks[owners, columns]
         hashes = self._hashes_of(slots, first, full, tokens)
-        runs = zip(self.seq_ids[slots].tolist(), self._parent[slots].tolist(), counts.tolist(), strict=True)
+        runs = zip(self.seq_ids[slots].tolist(), parents.tolist(), counts.tolist(), strict=True)
         ends = self._blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
         self._parent[slots] = [CUT if end is None else end for end in ends]
 
@@ -199,11 +206,14 @@ class Running:
         data, width = tokens.tobytes(), tokens.itemsize * self._blocks.block_size
         at = 0  # of the slot's first block in `data`
         for slot, start, end in zip(slots.tolist(), first.tolist(), full.tolist(), strict=True):
-            seq = self.sequence_in(slot)
-            own, past = seq.prefix_hashes, at + (end - start) * width
-            if len(own) < end:
-                self._blocks.extend_hashes(own, data[at + (len(own) - start) * width : past])
-            hashes += own[start:end]
+            own, past = self.sequence_in(slot).prefix_hashes, at + (end - start) * width
+            if len(own) == start == end - 1:  # as in a decode step
+                own.append(self._blocks.next_hash(own, data[at:past]))
+                hashes.append(own[-1])
+            else:
+                if len(own) < end:
+                    self._blocks.extend_hashes(own, data[at + (len(own) - start) * width : past])
+                hashes += own[start:end]
             at = past
         return hashes
 
@@ -260,15 +270,15 @@ class Running:
 
 def _joined(entries: list[TableEntries]) -> TableEntries:
     if not entries:
-        nothing = np.empty(0, np.int32)
-        return TableEntries(nothing, nothing, nothing)
-    return TableEntries(*(np.concatenate(parts) for parts in zip(*entries, strict=True)))
+        return TableEntries(_NOTHING, _NOTHING, _NOTHING)
+    if len(entries) == 1:
+        return TableEntries(*(part.astype(np.int32) for part in entries[0]))
+    return TableEntries(*(np.concatenate(parts, dtype=np.int32) for parts in zip(*entries, strict=True)))
 
 
 def _spread(slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of `counts` [slots] blocks from column `first` [slots] on, one slot after the other: the slot and the column."""
-    if len(slots) == counts.sum() and counts.all():  # one each, as in a decode step
+    if np.count_nonzero(counts == 1) == len(slots):  # as in a decode step
         return slots, first
     owners = np.repeat(slots, counts)
-    columns = np.arange(len(owners), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts - first, counts)
-    return owners, columns.astype(np.int32)
+    return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts - first, counts)

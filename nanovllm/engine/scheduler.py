@@ -175,7 +175,7 @@ class Scheduler:
                 growing = growing[:-1]
             ready, need = ready[ready != blocked], need[need != blocked]
         if len(need):
-            running.grow(need, np.ones(len(need), np.int32))
+            running.grow(need)
         return ready
 
     def _preempt(self, slot: int) -> Preemption:
@@ -186,7 +186,7 @@ class Scheduler:
         seq.num_preemptions += 1
         if seq.num_in_flight:
             self._displaced[seq.seq_id] = seq
-        freed = running.leave(np.array([slot], np.int32), [PREEMPTED])
+        freed = running.leave(np.array([slot]), [PREEMPTED])
         self.waiting.appendleft(seq)
         return Preemption(seq.seq_id, freed, self.blocks.num_free, seq.num_preemptions)
 
@@ -264,7 +264,7 @@ class Scheduler:
         slots, num_tokens = decodes, np.ones(len(decodes), np.int32)
         prefill_ids = np.empty(0, np.int32)
         if prefills:
-            slots = np.concatenate([decodes, np.array([slot for slot, _ in prefills], np.int32)])
+            slots = np.concatenate([decodes, [slot for slot, _ in prefills]])
             num_tokens = np.concatenate([num_tokens, np.array([count for _, count in prefills], np.int32)])
             tokens, computed = running.tokens, running.computed
             prefill_ids = np.concatenate(
@@ -275,7 +275,7 @@ class Scheduler:
         return Plan(
             step=step,
             seq_ids=running.seq_ids[slots],
-            slots=slots,
+            slots=slots.astype(np.int32),
             starts=starts,
             num_tokens=num_tokens,
             samples=samples,

@@ -1,7 +1,6 @@
 """Block events in columns are the events that went in."""
 
 import numpy as np
-import pytest
 
 from nanovllm.engine.event_log import KIND_CODES, REASON_CODES, BlockEventLog
 from nanovllm.events import ALLOCATE, COMMIT, EVICT, FINISHED, FREE, PREEMPTED, RELEASE, BlockEvent, BlockEvents
@@ -26,9 +25,8 @@ def test_events_come_out_as_they_went_in_one_by_one_and_in_slices() -> None:
     assert all(type(value) is not np.generic for event in events for value in event)
 
 
-@pytest.mark.parametrize("capacity", [1, 3, 100])
-def test_a_log_gives_what_was_added_since_it_was_drained(capacity: int) -> None:
-    log = BlockEventLog(capacity)
+def test_a_log_gives_what_was_added_since_it_was_drained() -> None:
+    log = BlockEventLog()
     blocks = np.array([4, 5], np.int32)
 
     log.add(KIND_CODES[ALLOCATE], blocks, 9, ref_counts=1, free_blocks=np.array([3, 2]))
@@ -54,3 +52,13 @@ def test_a_log_gives_what_was_added_since_it_was_drained(capacity: int) -> None:
     log.add(KIND_CODES[ALLOCATE], blocks, 10, ref_counts=1, free_blocks=0)
     assert [event.seq_id for event in log.drain()] == [10, 10]
     assert first[0].seq_id == 9, "what was drained does not change"
+
+
+def test_a_log_forgets_what_nobody_listens_to() -> None:
+    log = BlockEventLog()
+    log.add(KIND_CODES[ALLOCATE], np.array([4]), 9, ref_counts=1, free_blocks=3)
+
+    log.discard()
+
+    log.add(KIND_CODES[ALLOCATE], np.array([5]), 10, ref_counts=1, free_blocks=2)
+    assert list(log.drain()) == [BlockEvent(ALLOCATE, 5, 10, None, 1, None, 2)]
