@@ -14,14 +14,23 @@ from nanovllm.events import ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE, BlockEv
 
 ROOT = 0
 """Content number of the empty prefix, and of a block that holds no published one."""
+CUT = -1
+"""In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
 _ALLOCATE, _COMMIT, _EVICT, _FREE, _HIT, _RELEASE = (
     KIND_CODES[kind] for kind in (ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE)
 )
 _NO_BLOCKS = np.empty(0, np.intp)
+_Key = tuple[int, int]
+"""Of the index: content number of the parent block, hash of the whole prefix."""
 
 
-PublishRun = tuple[int, int, int]
-"""Consecutive blocks of one sequence: its seq_id, the content number of the block before them, and their number."""
+class PublishRuns(NamedTuple):
+    """Consecutive blocks of one sequence each, at least one; int64 [runs]."""
+
+    seq_ids: np.ndarray
+    parents: np.ndarray
+    """The content number of the block before them."""
+    counts: np.ndarray
 
 
 class _Prefix(NamedTuple):
@@ -61,7 +70,7 @@ class BlockManager:
         self._contents = np.full(num_blocks, ROOT, np.int64)
         self._parents = np.full(num_blocks, ROOT, np.int64)
         self._tokens = np.zeros((num_blocks, block_size), np.int32)
-        self._index: dict[tuple[int, int], int] = {}
+        self._index: dict[_Key, int] = {}
         self._last_content = ROOT
         self._last_found = _Prefix([], _NO_BLOCKS, b"")
         self._last_hashed: tuple[np.ndarray, list[int]] = (np.empty(0, np.int32), [])
@@ -220,64 +229,81 @@ class BlockManager:
         )
         return blocks
 
-    def publish(
-        self, runs: Iterable[PublishRun], blocks: np.ndarray, hashes: list[int], tokens: np.ndarray
-    ) -> list[int | None]:
-        """Offer full blocks for reuse; for each run the content number of its whole prefix.
+    def publish(self, runs: PublishRuns, blocks: np.ndarray, hashes: list[int], tokens: np.ndarray) -> np.ndarray:
+        """Offer full blocks for reuse; for each run the content number of its whole prefix, int64 [runs].
 
         `blocks` [blocks], `hashes` and `tokens` [blocks, block size] are those of all runs, one after the other.
 
-        Where another block already holds the same prefix, that one stays in the index and its number goes on. None,
+        Where another block already holds the same prefix, that one stays in the index and its number goes on. CUT,
         and nothing more of the run published, when another content has the same parent and hash: the chain ends there.
         """
-        new = _NewBlocks([], [], [])
-        ends: list[int | None] = []
-        listed, end = blocks.tolist(), 0
-        for seq_id, parent, count in runs:
+        if len(blocks) == len(runs.counts):  # as in a decode step
+            keys = list(zip(runs.parents.tolist(), hashes, strict=True))
+            if not self._are_new(keys):
+                return self._publish_one_by_one(runs, blocks, hashes, tokens)
+            return self._store(keys, blocks, runs.seq_ids, runs.parents, hashes, tokens)
+        ends = np.cumsum(runs.counts)
+        firsts = ends - runs.counts
+        heads = list(zip(runs.parents.tolist(), [hashes[place] for place in firsts.tolist()], strict=True))
+        if not self._are_new(heads):
+            return self._publish_one_by_one(runs, blocks, hashes, tokens)
+        # Nothing follows on a content number that is only given out here: with the first block of a run all are new.
+        parents = np.arange(self._last_content, self._last_content + len(blocks))
+        parents[firsts] = runs.parents
+        keys = zip(parents.tolist(), hashes, strict=True)
+        return self._store(keys, blocks, np.repeat(runs.seq_ids, runs.counts), parents, hashes, tokens)[ends - 1]
+
+    def _are_new(self, keys: list[_Key]) -> bool:
+        return self._index.keys().isdisjoint(keys) and len(set(keys)) == len(keys)
+
+    def _publish_one_by_one(
+        self, runs: PublishRuns, blocks: np.ndarray, hashes: list[int], tokens: np.ndarray
+    ) -> np.ndarray:
+        """As publish, where some of the prefixes are held by other blocks, or by one another's."""
+        contents: list[int] = []
+        end = 0
+        for seq_id, content, count in zip(*(column.tolist() for column in runs), strict=True):
             at, end = end, end + count
-            content: int | None = parent
-            while at < end and content is not None:
+            while at < end and content != CUT:
                 known = self._index.get((content, hashes[at]))
                 if known is None:
                     break
-                self._store(new, blocks, hashes, tokens)  # it may be one of them
-                content = self.content_of(known) if (self._tokens[known] == tokens[at]).all() else None
+                content = self.content_of(known) if (self._tokens[known] == tokens[at]).all() else CUT
                 at += 1
-            if at < end and content is not None:
-                # Nothing follows on a content number that is only given out here: all the rest is new.
-                for place in range(at, end):
-                    self._index[content, hashes[place]] = listed[place]
-                    new.parents.append(content)
-                    self._last_content = content = self._last_content + 1
-                new.places.extend(range(at, end))
-                new.seq_ids.extend([seq_id] * (end - at))
-            ends.append(content)
-        self._store(new, blocks, hashes, tokens)
-        return ends
+            if at < end and content != CUT:
+                rest = PublishRuns(np.array([seq_id]), np.array([content]), np.array([end - at]))
+                content = self.publish(rest, blocks[at:end], hashes[at:end], tokens[at:end]).item()
+            contents.append(content)
+        return np.array(contents)
 
-    def _store(self, new: "_NewBlocks", blocks: np.ndarray, hashes: list[int], tokens: np.ndarray) -> None:
-        """Write down what the blocks at the new places hold, and forget the places."""
-        count = len(new.places)
-        if not count:
-            return
-        if count < len(blocks):
-            blocks, tokens, hashes = blocks[new.places], tokens[new.places], [hashes[place] for place in new.places]
+    def _store(
+        self,
+        keys: Iterable[_Key],
+        blocks: np.ndarray,
+        seq_ids: np.ndarray,
+        parents: np.ndarray,
+        hashes: list[int],
+        tokens: np.ndarray,
+    ) -> np.ndarray:
+        """Put blocks into the index and write down what they hold; their content numbers, which are new ones."""
+        self._index.update(zip(keys, blocks.tolist(), strict=True))
+        first, self._last_content = self._last_content + 1, self._last_content + len(blocks)
+        contents = np.arange(first, first + len(blocks))
         hash_array = np.array(hashes, np.uint64)
         self._hashes[blocks] = hash_array
-        self._parents[blocks] = new.parents
-        self._contents[blocks] = np.arange(self._last_content - count + 1, self._last_content + 1)
+        self._parents[blocks] = parents
+        self._contents[blocks] = contents
         self._tokens[blocks] = tokens
         self._log.add(
             _COMMIT,
             blocks,
-            np.array(new.seq_ids, np.int64),
+            seq_ids,
             ref_counts=self._ref_counts[blocks],
             free_blocks=self.num_free,
             hashes=hash_array,
             has_hash=True,
         )
-        for values in new:
-            values.clear()
+        return contents
 
     def free(self, seq_ids: Items[int], tables: Items[np.ndarray], reasons: Items[str]) -> int:
         """Take each sequence off the users of its blocks, its table; returns how many blocks have no user left.
@@ -332,15 +358,6 @@ class BlockManager:
         assert set(self._index.values()) == published, "the index and the published blocks differ"
         assert len(self._index) == len(published), "a block stands in the index twice"
         assert set(cached) <= published, "a cached block is not in the index"
-
-
-class _NewBlocks(NamedTuple):
-    """Blocks that a call of `publish` has put into the index and not yet stored."""
-
-    places: list[int]
-    """Which of the call's blocks."""
-    parents: list[int]
-    seq_ids: list[int]
 
 
 def _num_common(first: np.ndarray, second: np.ndarray) -> int:

@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.engine.block_manager import ROOT, BlockManager
+from nanovllm.engine.block_manager import CUT, ROOT, BlockManager, PublishRuns
 from nanovllm.engine.sequence import Ended, Sequence
 from nanovllm.events import ABORTED, FINISHED
 
 _NOTHING = np.empty(0, np.int32)
-CUT = -1
-"""In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
 
 
 class TableEntries(NamedTuple):
@@ -196,9 +194,8 @@ class Running:
         owners, columns = _spread(slots, first, counts)
         tokens = self._token_blocks[owners, columns]
         hashes = self._hashes_of(slots, first, full, tokens)
-        runs = zip(self.seq_ids[slots].tolist(), parents.tolist(), counts.tolist(), strict=True)
-        ends = self._blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
-        self._parent[slots] = [CUT if end is None else end for end in ends]
+        runs = PublishRuns(self.seq_ids[slots], parents, counts)
+        self._parent[slots] = self._blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
 
     def _hashes_of(self, slots: np.ndarray, first: np.ndarray, full: np.ndarray, tokens: np.ndarray) -> list[int]:
         """Chained hashes of each slot's blocks from `first` to `full`, which hold `tokens`."""

@@ -12,6 +12,7 @@ from nanovllm.engine.running import Running
 from nanovllm.engine.sequence import Ended, Sequence
 from nanovllm.events import PREEMPTED, Preemption
 
+_NOTHING = np.empty(0, np.int32)
 GROWTH_STEPS = 16
 """A sequence is admitted only while the running ones can grow by this many tokens each: without such a reserve a
 newcomer would often be preempted again within a few steps, and its prefill lost."""
@@ -57,6 +58,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running = Running(blocks, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._displaced: dict[int, Sequence] = {}  # preempted with steps under way
+        self._ones = np.ones(max_num_seqs, np.int32)
+        self._ones.flags.writeable = False  # plans share it
         self._committer = Committer(self.running, self.waiting, self._displaced, eos_token_ids)
 
     # What a caller may ask
@@ -161,8 +164,12 @@ class Scheduler:
         order = running.order
         if not len(order):
             return order
-        growing = (running.length[order] < running.limit[order]) & ~running.ended[order]
-        ready = order[growing & (running.computed[order] >= running.prefill_end[order])]
+        growing = running.length[order] < running.limit[order]
+        if running.num_ended:
+            growing &= ~running.ended[order]
+        ready = order[growing]
+        if running.num_prefilling:
+            ready = ready[running.computed[ready] >= running.prefill_end[ready]]
         need = ready[running.computed[ready] == running.capacity[ready]]
         while len(need) > self.blocks.num_free:
             # Sequences that end with a step under way give their blocks back soon: wait for them, preempt nobody.
@@ -261,8 +268,7 @@ class Scheduler:
         self, step: int, decodes: np.ndarray, prefills: list[tuple[int, int]], admissions: list[Admission]
     ) -> Plan:
         running = self.running
-        slots, num_tokens = decodes, np.ones(len(decodes), np.int32)
-        prefill_ids = np.empty(0, np.int32)
+        slots, num_tokens, prefill_ids = decodes, self._ones[: len(decodes)], _NOTHING
         if prefills:
             slots = np.concatenate([decodes, [slot for slot, _ in prefills]])
             num_tokens = np.concatenate([num_tokens, np.array([count for _, count in prefills], np.int32)])
