@@ -84,11 +84,13 @@ class CostModelRunner:
 
     def submit(self, plan: Plan) -> None:
         sizes = sizes_of_plan(plan)
-        shared = self._find_shared(plan)
+        shared = None if self._finder is None else self._find_shared(self._finder, plan)
         rows = sizes.num_rows
         tokens, sampled = self._padding.padded(sizes)
-        self.most_rows = max(self.most_rows, rows)
-        self.most_tokens = max(self.most_tokens, tokens)
+        if rows > self.most_rows:
+            self.most_rows = rows
+        if tokens > self.most_tokens:
+            self.most_tokens = tokens
         if sizes.num_decodes == rows and shared is None:
             submit_ms, gap_ms = self._decode_submit_ms[rows], self._decode_gap_ms
             forward_ms = self._decode_forward_ms[rows] + self._context_ms * sizes.decode_context
@@ -133,9 +135,7 @@ class CostModelRunner:
         self._captured.add(shape)
         return max(self._device_free - self._now, 0.0) + self._model.capture_ms
 
-    def _find_shared(self, plan: Plan) -> SharedReads | None:
-        if self._finder is None:
-            return None
-        shared = self._finder.find(plan)
+    def _find_shared(self, finder: SharedReadsFinder, plan: Plan) -> SharedReads | None:
+        shared = finder.find(plan)
         self.shared.append(shared)
         return shared if shared.saved else None

@@ -100,6 +100,7 @@ class _Simulation:
         )
         self._engine = LLMEngine(scheduler, self._runner, recorders=recorders, clock=self._runner.clock)
         self._model = model
+        self._after_ms = model.after_ms(np.arange(settings.max_num_seqs + 1)).tolist()
         self._rows = rows
         self._by_time = run.arrives_by_time
         self._next = 0
@@ -125,7 +126,7 @@ class _Simulation:
             end_ns = runner.clock()
             for output in outputs:
                 self._finish(output, end_ns)
-            runner.spend(self._model.after_ms(num_rows, len(outputs)))
+            runner.spend(self._after_ms[num_rows] + (self._model.ending_ms(len(outputs)) if outputs else 0.0))
         outcome = self.outcome
         outcome.num_steps = engine.next_step
         outcome.seconds = end_ns / 1e9
@@ -134,6 +135,8 @@ class _Simulation:
         outcome.most_rows, outcome.most_tokens = runner.most_rows, runner.most_tokens
 
     def _feed(self) -> None:
+        if self._next == len(self._rows):
+            return
         self._rows_in = self._tokens_in = 0
         take_rows(self._engine, self._take)
         if self._rows_in and self._engine.next_step:  # what came before the first step is not its time

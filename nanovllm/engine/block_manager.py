@@ -1,7 +1,6 @@
 """KV blocks: reference counts, a prefix index over full blocks, and eviction of the least recently used."""
 
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -20,8 +19,6 @@ _ALLOCATE, _COMMIT, _EVICT, _FREE, _HIT, _RELEASE = (
     KIND_CODES[kind] for kind in (ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE)
 )
 _NO_BLOCKS = np.empty(0, np.intp)
-_Key = tuple[int, int]
-"""Of the index: content number of the parent block, hash of the whole prefix."""
 
 
 class PublishRuns(NamedTuple):
@@ -70,7 +67,7 @@ class BlockManager:
         self._contents = np.full(num_blocks, ROOT, np.int64)
         self._parents = np.full(num_blocks, ROOT, np.int64)
         self._tokens = np.zeros((num_blocks, block_size), np.int32)
-        self._index: dict[_Key, int] = {}
+        self._index: dict[tuple[int, int], int] = {}
         self._last_content = ROOT
         self._last_found = _Prefix([], _NO_BLOCKS, b"")
         self._last_hashed: tuple[np.ndarray, list[int]] = (np.empty(0, np.int32), [])
@@ -91,10 +88,10 @@ class BlockManager:
     @property
     def events(self) -> BlockEvents:
         """What has happened since the events were drained."""
-        return self._log.events()
+        return self._log.events(self.num_free)
 
     def drain_events(self) -> BlockEvents:
-        return self._log.drain()
+        return self._log.drain(self.num_free)
 
     def discard_events(self) -> None:
         self._log.discard()
@@ -179,30 +176,24 @@ class BlockManager:
     def hit(self, seq_id: int, blocks: np.ndarray) -> None:
         """Add `seq_id` to the users of blocks that `find_prefix` has just returned."""
         counts = self._ref_counts[blocks]
-        free: int | np.ndarray = self.num_free
         if np.count_nonzero(counts) < len(counts):
             unused = counts == 0
-            free = free - np.cumsum(unused)
             self._cached.remove(blocks[unused])
         counts += 1
         self._ref_counts[blocks] = counts
-        self._log.add(
-            _HIT, blocks, seq_id, ref_counts=counts, free_blocks=free, hashes=self._hashes[blocks], has_hash=True
-        )
+        self._log.add(_HIT, blocks, seq_id, ref_counts=counts, hashes=self._hashes[blocks], has_hash=True)
 
     def allocate(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
         """Take `count` blocks, for one sequence or, of as many, one for each.
 
         The caller has checked that so many are free.
         """
-        free = self.num_free
-        assert count <= free, f"{count} blocks asked for, {free} of {self.num_blocks} are free"
+        assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
         num_empty = min(count, len(self._empty))
         blocks = self._empty.take(num_empty)
         self._ref_counts[blocks] = 1
         of_empty = seq_ids if isinstance(seq_ids, int) else seq_ids[:num_empty]
-        free_after = np.arange(free - 1, free - 1 - num_empty, -1)
-        self._log.add(_ALLOCATE, blocks, of_empty, ref_counts=1, free_blocks=free_after)
+        self._log.add(_ALLOCATE, blocks, of_empty, ref_counts=1)
         if num_empty == count:
             return blocks
         evicted = self._evict(seq_ids if isinstance(seq_ids, int) else seq_ids[num_empty:], count - num_empty)
@@ -210,7 +201,6 @@ class BlockManager:
 
     def _evict(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
         """Take the cached blocks used longest ago; each is given up just before it is taken."""
-        free = len(self._cached)
         blocks = self._cached.take(count)
         hashes = self._hashes[blocks]
         keys = zip(self._parents[blocks].tolist(), hashes.tolist(), strict=True)
@@ -223,7 +213,6 @@ class BlockManager:
             np.repeat(blocks, 2),
             seq_ids if isinstance(seq_ids, int) else np.repeat(seq_ids, 2),
             ref_counts=turns,
-            free_blocks=free - (np.arange(2 * count) + 1) // 2,
             hashes=np.repeat(hashes, 2),
             has_hash=turns == 0,
         )
@@ -238,23 +227,17 @@ class BlockManager:
         and nothing more of the run published, when another content has the same parent and hash: the chain ends there.
         """
         if len(blocks) == len(runs.counts):  # as in a decode step
-            keys = list(zip(runs.parents.tolist(), hashes, strict=True))
-            if not self._are_new(keys):
-                return self._publish_one_by_one(runs, blocks, hashes, tokens)
-            return self._store(keys, blocks, runs.seq_ids, runs.parents, hashes, tokens)
-        ends = np.cumsum(runs.counts)
-        firsts = ends - runs.counts
-        heads = list(zip(runs.parents.tolist(), [hashes[place] for place in firsts.tolist()], strict=True))
-        if not self._are_new(heads):
+            seq_ids, parents, last = runs.seq_ids, runs.parents, slice(None)
+        else:
+            # As if the first block of each run were new: what follows on a content number given out here is new too.
+            seq_ids, ends = np.repeat(runs.seq_ids, runs.counts), np.cumsum(runs.counts)
+            parents, last = np.arange(self._last_content, self._last_content + len(blocks)), ends - 1
+            parents[ends - runs.counts] = runs.parents
+        new = dict(zip(zip(parents.tolist(), hashes, strict=True), blocks.tolist(), strict=True))
+        if len(new) < len(blocks) or not self._index.keys().isdisjoint(new):
             return self._publish_one_by_one(runs, blocks, hashes, tokens)
-        # Nothing follows on a content number that is only given out here: with the first block of a run all are new.
-        parents = np.arange(self._last_content, self._last_content + len(blocks))
-        parents[firsts] = runs.parents
-        keys = zip(parents.tolist(), hashes, strict=True)
-        return self._store(keys, blocks, np.repeat(runs.seq_ids, runs.counts), parents, hashes, tokens)[ends - 1]
-
-    def _are_new(self, keys: list[_Key]) -> bool:
-        return self._index.keys().isdisjoint(keys) and len(set(keys)) == len(keys)
+        self._index.update(new)
+        return self._store(blocks, seq_ids, parents, hashes, tokens)[last]
 
     def _publish_one_by_one(
         self, runs: PublishRuns, blocks: np.ndarray, hashes: list[int], tokens: np.ndarray
@@ -278,15 +261,13 @@ class BlockManager:
 
     def _store(
         self,
-        keys: Iterable[_Key],
         blocks: np.ndarray,
         seq_ids: np.ndarray,
         parents: np.ndarray,
         hashes: list[int],
         tokens: np.ndarray,
     ) -> np.ndarray:
-        """Put blocks into the index and write down what they hold; their content numbers, which are new ones."""
-        self._index.update(zip(keys, blocks.tolist(), strict=True))
+        """Write down what newly published blocks hold; their content numbers, which are given out here."""
         first, self._last_content = self._last_content + 1, self._last_content + len(blocks)
         contents = np.arange(first, first + len(blocks))
         hash_array = np.array(hashes, np.uint64)
@@ -299,7 +280,6 @@ class BlockManager:
             blocks,
             seq_ids,
             ref_counts=self._ref_counts[blocks],
-            free_blocks=self.num_free,
             hashes=hash_array,
             has_hash=True,
         )
@@ -313,24 +293,30 @@ class BlockManager:
         """
         blocks = np.concatenate([table[::-1] for table in tables])
         listed = blocks.tolist()
-        if len(set(listed)) < len(listed) and len(tables) > 1:  # they share blocks
-            each = zip(seq_ids, tables, reasons, strict=True)
+        if len(set(listed)) < len(listed):
+            if len(tables) == 1:
+                raise _freed_too_often(next(block for block in listed if listed.count(block) > 1))
+            each = zip(seq_ids, tables, reasons, strict=True)  # they share blocks
             return sum(self.free([seq_id], [table], [reason]) for seq_id, table, reason in each)
         counts = self._ref_counts[blocks] - 1
-        _check_taken(listed, counts)
+        if np.count_nonzero(counts < 0):
+            raise _freed_too_often(int(blocks[counts.argmin()]))
         free_before = self.num_free
         freed, has_hash = counts == 0, self._contents[blocks] != ROOT
         self._ref_counts[blocks] = counts
         self._empty.put(blocks[freed & ~has_hash])
         self._cached.put(blocks[freed & has_hash])
-        sizes = [len(table) for table in tables]
+        owner, reason = seq_ids[0], REASON_CODES[reasons[0]]
+        if len(tables) > 1:
+            sizes = [len(table) for table in tables]
+            owner = np.repeat(seq_ids, sizes)
+            reason = np.repeat([REASON_CODES[reason] for reason in reasons], sizes)
         self._log.add(
             np.where(freed, _FREE, _RELEASE),
             blocks,
-            np.repeat(seq_ids, sizes),
-            reason=np.repeat([REASON_CODES[reason] for reason in reasons], sizes),
+            owner,
+            reason=reason,
             ref_counts=counts,
-            free_blocks=free_before + np.cumsum(freed),
             hashes=self._hashes[blocks],
             has_hash=has_hash,
         )
@@ -368,9 +354,5 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
     return place if count and differs[place] else count
 
 
-def _check_taken(blocks: list[int], counts: np.ndarray) -> None:
-    """Raise AssertionError unless each of the blocks stands there once and may have the reference count it would."""
-    if len(set(blocks)) < len(blocks) or (len(counts) and counts.min() < 0):
-        bad = [block for block, count in zip(blocks, counts.tolist(), strict=True) if count < 0]
-        bad += [block for block in blocks if blocks.count(block) > 1]
-        raise AssertionError(f"block {bad[0]} freed more often than it was taken")
+def _freed_too_often(block: int) -> AssertionError:
+    return AssertionError(f"block {block} freed more often than it was taken")

@@ -5,23 +5,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.events import BLOCK_EVENT_ROW, EVENT_KINDS, EVENT_REASONS, BlockEvents
+from nanovllm.events import ALLOCATE, BLOCK_EVENT_ROW, EVENT_KINDS, EVENT_REASONS, FREE, HIT, BlockEvents
 
 KIND_CODES = {kind: code for code, kind in enumerate(EVENT_KINDS)}
 REASON_CODES = {reason: code for code, reason in enumerate(EVENT_REASONS)}
 NO_REASON = REASON_CODES[None]
+_CHANGES = np.array([{ALLOCATE: -1, HIT: -1, FREE: 1}.get(kind, 0) for kind in EVENT_KINDS])
+"""By kind: how many more blocks are free after an event."""
 _NO_EVENTS = BlockEvents(np.empty(0, BLOCK_EVENT_ROW))
 
 
 class _Entry(NamedTuple):
-    """The columns of BLOCK_EVENT_ROW, in its order."""
+    """Columns of BLOCK_EVENT_ROW."""
 
     event: int | np.ndarray
     reason: int | np.ndarray
     has_hash: bool | np.ndarray
     block_id: np.ndarray
     ref_count: int | np.ndarray
-    free_blocks: int | np.ndarray
     seq_id: int | np.ndarray
     block_hash: int | np.ndarray
 
@@ -30,7 +31,7 @@ class BlockEventLog:
     """Takes the events of many blocks in one go: each column is a value for all of them, or an array.
 
     Arrays are kept as they are, so that events nobody listens to cost next to nothing: who hands one over changes it
-    no more.
+    no more. How many blocks were free after each event follows from the events and from how many are free at the end.
     """
 
     def __init__(self) -> None:
@@ -43,15 +44,14 @@ class BlockEventLog:
         seq_ids: int | np.ndarray,
         *,
         ref_counts: int | np.ndarray,
-        free_blocks: int | np.ndarray,
         hashes: int | np.ndarray = 0,
         has_hash: bool | np.ndarray = False,
         reason: int | np.ndarray = NO_REASON,
     ) -> None:
-        self._entries.append(_Entry(event, reason, has_hash, block_ids, ref_counts, free_blocks, seq_ids, hashes))
+        self._entries.append(_Entry(event, reason, has_hash, block_ids, ref_counts, seq_ids, hashes))
 
-    def events(self) -> BlockEvents:
-        """What has been added since the last drain."""
+    def events(self, free_blocks: int) -> BlockEvents:
+        """What has been added since the last drain; `free_blocks` are free now."""
         if not self._entries:
             return _NO_EVENTS
         ends = list(accumulate(len(entry.block_id) for entry in self._entries))
@@ -61,10 +61,14 @@ class BlockEventLog:
             for end, value in zip(ends, values, strict=True):
                 column[first:end] = value
                 first = end
+        freed = _CHANGES[rows["event"]]
+        freed[(rows["event"] == KIND_CODES[HIT]) & (rows["ref_count"] > 1)] = 0  # others use the block too
+        rows["free_blocks"] = free_blocks - freed.sum() + np.cumsum(freed)
         return BlockEvents(rows)
 
-    def drain(self) -> BlockEvents:
-        events = self.events()
+    def drain(self, free_blocks: int) -> BlockEvents:
+        """As `events`, which are gone then."""
+        events = self.events(free_blocks)
         self._entries.clear()
         return events
 

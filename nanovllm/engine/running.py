@@ -50,6 +50,8 @@ class Running:
         most_blocks = -(-max_model_len // blocks.block_size)
         self._token_blocks = np.empty((max_num_seqs, most_blocks, blocks.block_size), np.int32)
         self.tokens = self._token_blocks.reshape(max_num_seqs, -1)
+        self._token_blocks = self._token_blocks.reshape(-1, blocks.block_size)
+        self._width = most_blocks  # places of a slot's first block in it, and in the flat tables, are so far apart
         self.seq_ids = per_slot(np.int64, -1)
         self.computed = per_slot(np.int32)
         self.committed = per_slot(np.int32)
@@ -65,8 +67,10 @@ class Running:
         self.has_own_stops = per_slot(np.bool_)
         self.has_first_token = per_slot(np.bool_)
         self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.intp)
+        self._flat_tables = self._tables.reshape(-1)
         self._published = per_slot(np.intp)
         self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
+        self._hashes: list[list[int]] = [[]] * max_num_seqs  # the sequences' prefix_hashes
 
         self._new_entries: list[TableEntries] = []  # for the next plan
 
@@ -105,6 +109,7 @@ class Running:
         self.stops_at_eos[slot] = not seq.sampling.ignore_eos
         self.has_own_stops[slot] = bool(seq.stop_token_ids) or seq.stop_check is not None
         self.has_first_token[slot] = seq.first_token_ns is not None
+        self._hashes[slot] = seq.prefix_hashes
         self._published[slot] = len(hits)
         self._parent[slot] = self._blocks.content_of(hits[-1]) if len(hits) else ROOT
         if len(hits):
@@ -130,7 +135,7 @@ class Running:
         if counts is not None:
             owners, columns = _spread(slots, columns, counts)
         blocks = self._blocks.allocate(self.seq_ids[owners], len(owners))
-        self._tables[owners, columns] = blocks
+        self._flat_tables[owners * self._width + columns] = blocks
         self.capacity[slots] = capacity + (size if counts is None else size * counts)
         self._new_entries.append(TableEntries(owners, columns, blocks))
 
@@ -192,10 +197,11 @@ class Running:
             slots, first, full, parents = slots[goes_on], first[goes_on], full[goes_on], parents[goes_on]
         counts = full - first
         owners, columns = _spread(slots, first, counts)
-        tokens = self._token_blocks[owners, columns]
+        places = owners * self._width + columns
+        tokens = self._token_blocks[places]
         hashes = self._hashes_of(slots, first, full, tokens)
         runs = PublishRuns(self.seq_ids[slots], parents, counts)
-        self._parent[slots] = self._blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
+        self._parent[slots] = self._blocks.publish(runs, self._flat_tables[places], hashes, tokens)
 
     def _hashes_of(self, slots: np.ndarray, first: np.ndarray, full: np.ndarray, tokens: np.ndarray) -> list[int]:
         """Chained hashes of each slot's blocks from `first` to `full`, which hold `tokens`."""
@@ -203,7 +209,7 @@ class Running:
         data, width = tokens.tobytes(), tokens.itemsize * self._blocks.block_size
         at = 0  # of the slot's first block in `data`
         for slot, start, end in zip(slots.tolist(), first.tolist(), full.tolist(), strict=True):
-            own, past = self.sequence_in(slot).prefix_hashes, at + (end - start) * width
+            own, past = self._hashes[slot], at + (end - start) * width
             if len(own) == start == end - 1:  # as in a decode step
                 own.append(self._blocks.next_hash(own, data[at:past]))
                 hashes.append(own[-1])
@@ -238,7 +244,8 @@ class Running:
     def leave(self, slots: np.ndarray, reasons: list[str]) -> int:
         """Give back slots and their blocks, one after the other; returns how many blocks have no user left."""
         freed = self._free_blocks(slots, reasons)
-        self.num_prefilling -= int(np.count_nonzero(self.computed[slots] < self.prefill_end[slots]))
+        if self.num_prefilling:
+            self.num_prefilling -= int(np.count_nonzero(self.computed[slots] < self.prefill_end[slots]))
         listed = slots.tolist()
         for slot in listed:
             self.sequence_in(slot).slot = -1
@@ -252,7 +259,7 @@ class Running:
     def _free_blocks(self, slots: np.ndarray, reasons: list[str]) -> int:
         """What a sequence has not published yet is published just before its blocks are freed."""
         full = self._num_full(slots)
-        due = np.flatnonzero(full > self._published[slots]).tolist() if self._blocks.prefix_caching else []
+        due = (full > self._published[slots]).nonzero()[0].tolist() if self._blocks.prefix_caching else []
         freed, first = 0, 0
         for end in [*due, len(slots)]:
             if first < end:
@@ -269,7 +276,8 @@ def _joined(entries: list[TableEntries]) -> TableEntries:
     if not entries:
         return TableEntries(_NOTHING, _NOTHING, _NOTHING)
     if len(entries) == 1:
-        return TableEntries(*(part.astype(np.int32) for part in entries[0]))
+        ((slots, columns, blocks),) = entries
+        return TableEntries(slots.astype(np.int32), columns.astype(np.int32), blocks.astype(np.int32))
     return TableEntries(*(np.concatenate(parts, dtype=np.int32) for parts in zip(*entries, strict=True)))
 
 
