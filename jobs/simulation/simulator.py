@@ -21,6 +21,9 @@ from nanovllm.errors import PromptError
 from nanovllm.events import Recorder
 from nanovllm.sampling_params import ResolvedSampling
 
+LEAST_LEAP = 2
+"""Steps that are taken at once."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
@@ -121,6 +124,7 @@ class _Simulation:
                     break
                 runner.wait_until(self._rows.arrived_ns[self._next])
                 continue
+            self._leap()
             num_rows = engine.scheduler.num_running
             outputs = engine.step()
             end_ns = runner.clock()
@@ -133,6 +137,23 @@ class _Simulation:
         outcome.latencies_s = np.array(self._latencies)
         outcome.shared = runner.shared
         outcome.most_rows, outcome.most_tokens = runner.most_rows, runner.most_tokens
+
+    def _leap(self) -> None:
+        """Steps in which nothing happens but that each row gets its next token are taken at once."""
+        engine, runner, running = self._engine, self._runner, self._engine.scheduler.running
+        if self._next < len(self._rows) and engine.num_waiting < self.outcome.settings.max_num_seqs:
+            return  # rows may come in between
+        num_steps = engine.longest_leap()
+        if num_steps < LEAST_LEAP:
+            return
+        slots = running.order
+        seq_ids, known = running.seq_ids[slots], running.committed[slots]
+        num_steps = min(num_steps, runner.steps_before_an_end(seq_ids, known))
+        if num_steps < LEAST_LEAP:
+            return
+        rows, context = len(slots), int(running.computed[slots].sum()) + len(slots)
+        under_way = engine.leap(num_steps, runner.next_tokens(seq_ids, known, num_steps))
+        runner.leap(num_steps, rows, context, self._after_ms[rows], under_way)
 
     def _feed(self) -> None:
         if self._next == len(self._rows):

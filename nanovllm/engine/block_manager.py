@@ -78,6 +78,11 @@ class BlockManager:
         return len(self._empty) + len(self._cached)
 
     @property
+    def num_empty(self) -> int:
+        """Blocks that can be taken without giving up a prefix."""
+        return len(self._empty)
+
+    @property
     def num_cached(self) -> int:
         return len(self._cached)
 
@@ -96,11 +101,6 @@ class BlockManager:
     def discard_events(self) -> None:
         self._log.discard()
 
-    def next_hash(self, hashes: list[int], tokens: bytes) -> int:
-        """The chained hash of the one block of `tokens`, which follows on those that `hashes` are of."""
-        last = hashes[-1] if hashes else 0
-        return xxhash.xxh64_intdigest(last.to_bytes(8, "little") + tokens) & self._hash_mask
-
     def extend_hashes(self, hashes: list[int], tokens: bytes) -> None:
         """Append the chained hash of each whole block of `tokens`, which follow on those that `hashes` are of.
 
@@ -111,6 +111,19 @@ class BlockManager:
         for at in range(0, len(tokens), size):
             last = digest(last.to_bytes(8, "little") + tokens[at : at + size]) & mask
             hashes.append(last)
+
+    def next_hashes(self, chains: list[list[int]], tokens: bytes) -> list[int]:
+        """As extend_hashes, of many chains, each by one block of `tokens`; what has been appended to each."""
+        size, mask, digest = 4 * self.block_size, self._hash_mask, xxhash.xxh64_intdigest
+        hashes: list[int] = []
+        at = 0
+        for chain in chains:
+            last = chain[-1] if chain else 0
+            new = digest(last.to_bytes(8, "little") + tokens[at : at + size]) & mask
+            chain.append(new)
+            hashes.append(new)
+            at += size
+        return hashes
 
     def hash_prompt(self, hashes: list[int], token_ids: np.ndarray, num_blocks: int) -> None:
         """Grow the chained hashes of `token_ids`' leading full blocks until there are `num_blocks` of them.

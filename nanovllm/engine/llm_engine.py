@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -163,6 +163,34 @@ class LLMEngine:
                 raise RuntimeError(f"the scheduler makes no progress: {self.describe()}")
             return []
         return self._commit(self._in_flight.popleft())
+
+    def longest_leap(self) -> int:
+        """Steps that `leap` may take, if no token ends a sequence; 0 where a step has to be taken as it comes."""
+        if self.recorders or len(self._in_flight) != self.runner.lookahead:
+            return 0
+        running = self.scheduler.running
+        seq_ids = running.seq_ids[running.order]
+        alike = all(
+            plan.num_decodes == len(seq_ids) and np.array_equal(plan.seq_ids, seq_ids)
+            for plan in (submitted.plan for submitted in self._in_flight)
+        )
+        return self.scheduler.longest_leap() if alike else 0
+
+    def leap(self, num_steps: int, token_ids: np.ndarray) -> list[Plan]:
+        """Take decode steps whose tokens are known beforehand at once, as a simulation does; they never reach the runner.
+
+        `token_ids` (int32 [running sequences in order of admission, steps]) end no sequence. Everything is as if `step`
+        had been called `num_steps` times. Returns the plans that are under way instead of those which were.
+        """
+        assert num_steps <= self.longest_leap(), f"{num_steps} steps cannot be taken at once: {self.describe()}"
+        self.scheduler.running.leap(num_steps, token_ids)
+        self._blocks.discard_events()
+        self.next_step += num_steps
+        self.last_committed += num_steps
+        for place, submitted in enumerate(self._in_flight):
+            plan = replace(submitted.plan, step=submitted.plan.step + num_steps, starts=submitted.plan.starts + num_steps)
+            self._in_flight[place] = replace(submitted, plan=plan)
+        return [submitted.plan for submitted in self._in_flight]
 
     def abort_all(self) -> list[SequenceOutput]:
         """Give up everything that is unfinished, after the steps under way; nothing is left to do then.

@@ -171,6 +171,31 @@ class Running:
         self._publish_full_blocks(slots)
         return starts, samples
 
+    def leap(self, num_steps: int, token_ids: np.ndarray) -> None:
+        """What `num_steps` decode steps of all slots do, no more than a block has tokens, whose tokens are known.
+
+        `token_ids` [slots in order of admission, steps] are the next ones to be committed. The caller has checked that
+        empty blocks suffice and that nobody ends. Blocks are taken and published in the same order as step by step.
+        """
+        slots, size = self.order, self._blocks.block_size
+        computed, committed = self.computed[slots], self.committed[slots]
+        room = self.capacity[slots] - computed
+        need = np.argsort(room, kind="stable")[: np.count_nonzero(room < num_steps)]
+        if len(need):
+            self.grow(slots[need])
+        self.tokens[slots[:, None], committed[:, None] + np.arange(num_steps)] = token_ids
+        self.computed[slots] = computed + num_steps
+        self.committed[slots] = committed + num_steps
+        self.length[slots] += num_steps
+        if not self._blocks.prefix_caching:
+            return
+        known = np.minimum(computed, committed - 1)  # a step is scheduled before the one before it is committed
+        full = (known + num_steps) // size
+        due = np.flatnonzero(full > self._published[slots])
+        due = due[np.argsort(full[due] * size - known[due], kind="stable")]
+        if len(due):
+            self._publish(slots[due], full[due])
+
     def _publish_full_blocks(self, slots: np.ndarray) -> None:
         """Tell the prefix index of the slots' blocks that are full once the submitted steps have run.
 
@@ -205,18 +230,18 @@ class Running:
 
     def _hashes_of(self, slots: np.ndarray, first: np.ndarray, full: np.ndarray, tokens: np.ndarray) -> list[int]:
         """Chained hashes of each slot's blocks from `first` to `full`, which hold `tokens`."""
+        chains, data = [self._hashes[slot] for slot in slots.tolist()], tokens.tobytes()
+        starts = first.tolist()
+        if len(tokens) == len(chains) and [len(chain) for chain in chains] == starts:  # as in a decode step
+            return self._blocks.next_hashes(chains, data)
         hashes: list[int] = []
-        data, width = tokens.tobytes(), tokens.itemsize * self._blocks.block_size
+        width = tokens.itemsize * self._blocks.block_size
         at = 0  # of the slot's first block in `data`
-        for slot, start, end in zip(slots.tolist(), first.tolist(), full.tolist(), strict=True):
-            own, past = self._hashes[slot], at + (end - start) * width
-            if len(own) == start == end - 1:  # as in a decode step
-                own.append(self._blocks.next_hash(own, data[at:past]))
-                hashes.append(own[-1])
-            else:
-                if len(own) < end:
-                    self._blocks.extend_hashes(own, data[at + (len(own) - start) * width : past])
-                hashes += own[start:end]
+        for chain, start, end in zip(chains, starts, full.tolist(), strict=True):
+            past = at + (end - start) * width
+            if len(chain) < end:
+                self._blocks.extend_hashes(chain, data[at + (len(chain) - start) * width : past])
+            hashes += chain[start:end]
             at = past
         return hashes
 

@@ -97,6 +97,16 @@ class Scheduler:
         slots = running.order[~running.ended[running.order]]
         return running.seq_ids[slots].tolist() + [seq.seq_id for seq in self.waiting]
 
+    def longest_leap(self) -> int:
+        """Steps from now on that are surely decodes of all that run, whatever is sampled unless it ends a sequence."""
+        running, order = self.running, self.running.order
+        may_admit = bool(self.waiting and running.free_slots)
+        if may_admit or running.num_prefilling or running.num_ended or not len(order):
+            return 0
+        steps = min(int((running.limit[order] - running.length[order]).min()), self.blocks.block_size)
+        need = np.count_nonzero(running.capacity[order] - running.computed[order] < steps)
+        return steps if need <= self.blocks.num_empty else 0
+
     # Changes
 
     def add(self, seq: Sequence) -> None:

@@ -60,4 +60,4 @@ def test_a_log_forgets_what_nobody_listens_to() -> None:
     log.discard()
 
     log.add(KIND_CODES[ALLOCATE], np.array([5]), 10, ref_counts=1)
-    assert list(log.drain(3)) == [BlockEvent(ALLOCATE, 5, 10, None, 1, None, 2)]
+    assert list(log.drain(2)) == [BlockEvent(ALLOCATE, 5, 10, None, 1, None, 2)]
