@@ -50,7 +50,7 @@ class CostModel:
         return self.schedule.predict(_submit(sizes)) + self.prepare.predict(_submit(sizes))
 
     def after_ms(self, num_rows: np.ndarray) -> np.ndarray:
-        """To commit steps in which no row ends, and until the next one is scheduled, rows that are taken in left out."""
+        """To commit a step in which no row ends, and until the next one is scheduled; rows taken in are left out."""
         return self.postprocess.predict((1.0, num_rows, 0.0)) + self.between.predict((1.0, 0.0, 0.0, 0.0))
 
     def ending_ms(self, num_finished: int) -> float:

@@ -45,6 +45,8 @@ class CostModelRunner:
         self._now = 0.0
         self._device_free = 0.0
         self._results: deque[tuple[StepResult, float]] = deque()
+        self._last_decoded = np.empty(0, np.int64)
+        """Sequences that the latest step decoded."""
         self._captured: set[tuple[int, int]] = set()
         self._output_tokens = rows.output_tokens
         self._output_ends = np.append(rows.output_starts[1:], len(rows.output_tokens)) - 1
@@ -88,6 +90,7 @@ class CostModelRunner:
     def submit(self, plan: Plan) -> None:
         sizes = sizes_of_plan(plan)
         shared = _NONE if self._finder is None else self._find_shared(self._finder, plan)
+        self._last_decoded = plan.seq_ids[: plan.num_decodes]
         rows = sizes.num_rows
         tokens, sampled = self._padding.padded(sizes)
         if rows > self.most_rows:
@@ -116,8 +119,13 @@ class CostModelRunner:
         )
         self._results.append((result, self._device_free))
 
-    def steps_before_an_end(self, seq_ids: np.ndarray, num_known: np.ndarray) -> int:
-        """Tokens that each of these sequences, which has `num_known` ones, surely has before the one that ends it."""
+    def longest_leap(self, seq_ids: np.ndarray, num_known: np.ndarray) -> int:
+        """Steps that may be taken at once: each of these sequences, which have `num_known` tokens, surely goes on.
+
+        0 where others decoded last: what these share in the cache has to be looked for.
+        """
+        if not np.array_equal(seq_ids, self._last_decoded):
+            return 0
         return int((self._lasts[seq_ids] - self._bases[seq_ids] - num_known).min()) - 1
 
     def next_tokens(self, seq_ids: np.ndarray, num_known: np.ndarray, count: int) -> np.ndarray:

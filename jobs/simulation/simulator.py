@@ -148,7 +148,7 @@ class _Simulation:
             return
         slots = running.order
         seq_ids, known = running.seq_ids[slots], running.committed[slots]
-        num_steps = min(num_steps, runner.steps_before_an_end(seq_ids, known))
+        num_steps = min(num_steps, runner.longest_leap(seq_ids, known))
         if num_steps < LEAST_LEAP:
             return
         rows, context = len(slots), int(running.computed[slots].sum()) + len(slots)

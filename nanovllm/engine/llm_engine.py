@@ -177,18 +177,21 @@ class LLMEngine:
         return self.scheduler.longest_leap() if alike else 0
 
     def leap(self, num_steps: int, token_ids: np.ndarray) -> list[Plan]:
-        """Take decode steps whose tokens are known beforehand at once, as a simulation does; they never reach the runner.
+        """Take decode steps at once, as a simulation can that knows their tokens; the runner is not told of them.
 
-        `token_ids` (int32 [running sequences in order of admission, steps]) end no sequence. Everything is as if `step`
-        had been called `num_steps` times. Returns the plans that are under way instead of those which were.
+        `num_steps` is at most `longest_leap`, and `token_ids` (int32 [running sequences in order of admission, steps])
+        end no sequence. Everything is then as if `step` had been called so often. Returns the plans that are under way
+        instead of those which were.
         """
-        assert num_steps <= self.longest_leap(), f"{num_steps} steps cannot be taken at once: {self.describe()}"
+        assert not self.recorders, "steps that are taken at once leave no records"
         self.scheduler.running.leap(num_steps, token_ids)
         self._blocks.discard_events()
         self.next_step += num_steps
         self.last_committed += num_steps
         for place, submitted in enumerate(self._in_flight):
-            plan = replace(submitted.plan, step=submitted.plan.step + num_steps, starts=submitted.plan.starts + num_steps)
+            plan = replace(
+                submitted.plan, step=submitted.plan.step + num_steps, starts=submitted.plan.starts + num_steps
+            )
             self._in_flight[place] = replace(submitted, plan=plan)
         return [submitted.plan for submitted in self._in_flight]
 

@@ -56,7 +56,9 @@ def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
     hashes: list[int] = []
     blocks.hash_prompt(hashes, token_ids, len(token_ids) // size)
     table = blocks.allocate(seq_id, len(hashes))
-    blocks.publish(runs_of((seq_id, ROOT, len(hashes))), table, hashes, token_ids[: len(hashes) * size].reshape(-1, size))
+    blocks.publish(
+        runs_of((seq_id, ROOT, len(hashes))), table, hashes, token_ids[: len(hashes) * size].reshape(-1, size)
+    )
     return table.tolist()
 
 
