@@ -27,6 +27,26 @@ class _Entry(NamedTuple):
     block_hash: int | np.ndarray
 
 
+def by_step(
+    events: BlockEvents, seq_ids: np.ndarray, takes_in: np.ndarray, publishes_in: np.ndarray
+) -> tuple[np.ndarray, BlockEvents]:
+    """Events of several steps as they would have come step by step: (the step of each, the events).
+
+    In these steps the sequences [sequences] take empty blocks and have blocks published, each one at most, in the
+    step that the other two arrays say. What all take comes first in `events`, then what is published.
+    """
+    rows = events.rows
+    takes = rows["event"] == KIND_CODES[ALLOCATE]
+    by_id = np.argsort(seq_ids)
+    place = by_id[np.searchsorted(seq_ids, rows["seq_id"], sorter=by_id)]
+    steps = np.where(takes, takes_in[place], publishes_in[place]).astype(np.int64)
+    order = np.argsort(steps, kind="stable")  # a step takes its blocks before it publishes any
+    in_order = rows[order]
+    if len(rows):
+        in_order["free_blocks"] = rows["free_blocks"][-1] + np.count_nonzero(takes) - np.cumsum(takes[order])
+    return steps[order], BlockEvents(in_order)
+
+
 class BlockEventLog:
     """Takes the events of many blocks in one go: each column is a value for all of them, or an array.
 

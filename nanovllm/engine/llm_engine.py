@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.event_log import by_step
 from nanovllm.engine.plan import Plan, Runner, StepResult
 from nanovllm.engine.scheduler import Commit, Ended, Scheduled, Scheduler
 from nanovllm.engine.sequence import Sequence, StopCheck
 from nanovllm.errors import PromptError
-from nanovllm.events import ArrivalEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import ArrivalEvent, BlockEvents, Recorder, RequestEvent, ScheduleEvent, StepEvent
 from nanovllm.sampling_params import ResolvedSampling
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "abort": "aborted", "error": "error"}
@@ -43,6 +44,11 @@ class _Submitted:
     schedule_ms: float
     event: ScheduleEvent | None
     """None where nobody listened when it was scheduled."""
+
+    def later(self, num_steps: int) -> "_Submitted":
+        """The same decodes so many steps later."""
+        plan = replace(self.plan, step=self.plan.step + num_steps, starts=self.plan.starts + num_steps)
+        return _Submitted(plan, self.schedule_ms, None if self.event is None else replace(self.event, plan=plan))
 
 
 class LLMEngine:
@@ -166,7 +172,7 @@ class LLMEngine:
 
     def longest_leap(self) -> int:
         """Steps that `leap` may take, if no token ends a sequence; 0 where a step has to be taken as it comes."""
-        if self.recorders or len(self._in_flight) != self.runner.lookahead:
+        if len(self._in_flight) != self.runner.lookahead:
             return 0
         running = self.scheduler.running
         seq_ids = running.seq_ids[running.order]
@@ -176,23 +182,26 @@ class LLMEngine:
         )
         return self.scheduler.longest_leap() if alike else 0
 
-    def leap(self, num_steps: int, token_ids: np.ndarray) -> list[Plan]:
-        """Take decode steps at once, as a simulation can that knows their tokens; the runner is not told of them.
+    def leap(
+        self, num_steps: int, token_ids: np.ndarray, hear: Callable[[np.ndarray, BlockEvents], None] | None = None
+    ) -> list[Plan]:
+        """Take decode steps at once, as a simulation can that knows their tokens; runner and recorders are not told.
 
         `num_steps` is at most `longest_leap`, and `token_ids` (int32 [running sequences in order of admission, steps])
         end no sequence. Everything is then as if `step` had been called so often. Returns the plans that are under way
-        instead of those which were.
+        instead of those which were. `hear` is given the steps of block events, and the events.
         """
-        assert not self.recorders, "steps that are taken at once leave no records"
-        self.scheduler.running.leap(num_steps, token_ids)
-        self._blocks.discard_events()
+        running = self.scheduler.running
+        takes_in, publishes_in = running.leap(num_steps, token_ids)
+        if hear is None:
+            self._blocks.discard_events()
+        else:
+            seq_ids = running.seq_ids[running.order]
+            steps, events = by_step(self._blocks.drain_events(), seq_ids, takes_in, publishes_in)
+            hear(self.next_step + steps, events)
         self.next_step += num_steps
         self.last_committed += num_steps
-        for place, submitted in enumerate(self._in_flight):
-            plan = replace(
-                submitted.plan, step=submitted.plan.step + num_steps, starts=submitted.plan.starts + num_steps
-            )
-            self._in_flight[place] = replace(submitted, plan=plan)
+        self._in_flight = deque(submitted.later(num_steps) for submitted in self._in_flight)
         return [submitted.plan for submitted in self._in_flight]
 
     def abort_all(self) -> list[SequenceOutput]:

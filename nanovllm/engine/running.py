@@ -171,11 +171,12 @@ class Running:
         self._publish_full_blocks(slots)
         return starts, samples
 
-    def leap(self, num_steps: int, token_ids: np.ndarray) -> None:
+    def leap(self, num_steps: int, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `num_steps` decode steps of all slots do, no more than a block has tokens, whose tokens are known.
 
         `token_ids` [slots in order of admission, steps] are the next ones to be committed. The caller has checked that
         empty blocks suffice and that nobody ends. Blocks are taken and published in the same order as step by step.
+        Returns in which step, counted from 0, each slot takes its block and has one published, if it does.
         """
         slots, size = self.order, self._blocks.block_size
         computed, committed = self.computed[slots], self.committed[slots]
@@ -187,14 +188,15 @@ class Running:
         self.computed[slots] = computed + num_steps
         self.committed[slots] = committed + num_steps
         self.length[slots] += num_steps
-        if not self._blocks.prefix_caching:
-            return
         known = np.minimum(computed, committed - 1)  # a step is scheduled before the one before it is committed
         full = (known + num_steps) // size
-        due = np.flatnonzero(full > self._published[slots])
-        due = due[np.argsort(full[due] * size - known[due], kind="stable")]
-        if len(due):
-            self._publish(slots[due], full[due])
+        full_in = full * size - known - 1
+        if self._blocks.prefix_caching:
+            due = np.flatnonzero(full > self._published[slots])
+            due = due[np.argsort(full_in[due], kind="stable")]
+            if len(due):
+                self._publish(slots[due], full[due])
+        return room, full_in
 
     def _publish_full_blocks(self, slots: np.ndarray) -> None:
         """Tell the prefix index of the slots' blocks that are full once the submitted steps have run.

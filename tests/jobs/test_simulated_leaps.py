@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jobs.simulation import simulator
+from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
@@ -76,8 +77,9 @@ class Simulated:
         if world.equal_outputs:
             made_up = recorded.output_tokens > 0
             recorded.output_tokens[made_up] = 5
+        self.ledger = BlockLedger()
         recorders = [] if leaps else [Recorder()]
-        simulation = simulator._Simulation(run, recorded, COSTS, world.settings, recorders)
+        simulation = simulator._Simulation(run, recorded, COSTS, world.settings, self.ledger, recorders)
         simulation.run()
         self.outcome = simulation.outcome
         self.blocks = simulation._engine.scheduler.blocks
@@ -91,6 +93,9 @@ class Simulated:
             outcome.num_steps, outcome.num_cached_tokens, outcome.num_output_tokens, outcome.num_preemptions,
             outcome.most_rows, outcome.most_tokens, [numbers(shared) for shared in outcome.shared],
         ]  # fmt: skip
+
+    def events(self) -> dict[str, list[int]]:
+        return {name: column.tolist() for name, column in self.ledger.columns().items()}
 
     def left(self) -> dict[str, list[object]]:
         """What the block manager remembers: every allocation, publication and release has left its mark."""
@@ -114,9 +119,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     taken: list[int] = []
     leap = LLMEngine.leap
 
-    def counting(engine: LLMEngine, num_steps: int, token_ids: np.ndarray) -> object:
+    def counting(engine: LLMEngine, num_steps: int, *words: object) -> object:
         taken.append(num_steps)
-        return leap(engine, num_steps, token_ids)
+        return leap(engine, num_steps, *words)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LLMEngine, "leap", counting)
     return taken
@@ -141,6 +146,7 @@ def test_steps_that_are_taken_at_once_do_what_they_do_one_by_one(
         assert any(shared.saved for shared in at_once.outcome.shared)
     assert at_once.counts() == one_by_one.counts()
     assert at_once.left() == one_by_one.left()
+    assert at_once.events() == one_by_one.events()
     np.testing.assert_allclose(at_once.times(), one_by_one.times(), rtol=0, atol=2e-9)  # a clock of nanoseconds
 
 
@@ -161,9 +167,11 @@ def without(passage: str, instead: str) -> Callable[..., None]:
     [
         ("self.grow(slots[need])", "self.grow(slots[np.sort(need)])"),
         ("np.minimum(computed, committed - 1)", "np.minimum(computed, committed)"),
-        ('due = due[np.argsort(full[due] * size - known[due], kind="stable")]', "pass"),
+        ('due = due[np.argsort(full_in[due], kind="stable")]', "pass"),
         ("self.length[slots] += num_steps", "self.length[slots] += num_steps - 1"),
         ("room < num_steps", "room <= num_steps"),
+        ("return room, full_in", "return room, full_in + 1"),
+        ("return room, full_in", "return room + 1, full_in"),
     ],
 )
 def test_a_leap_that_does_otherwise_is_noticed(
@@ -177,10 +185,11 @@ def test_a_leap_that_does_otherwise_is_noticed(
         at_once = Simulated(world, tmp_path / "run", leaps=True)
     except (AssertionError, IndexError):
         return
-    assert (at_once.counts(), at_once.left()) != (one_by_one.counts(), one_by_one.left())
+    told = [(each.counts(), each.left(), each.events()) for each in (one_by_one, at_once)]
+    assert told[0] != told[1]
 
 
-def test_nothing_is_taken_at_once_where_someone_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_taken_at_once_where_every_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = WORLDS["without look-ahead"]
     write_run(tmp_path / "run", world.rows, COSTS, world.settings, on_gpu=False)
     taken = counted(monkeypatch)
