@@ -56,6 +56,18 @@ class IdleRunner:
         return result
 
 
+Prompts = Callable[[np.random.Generator], list[np.ndarray]]
+WarmUp = Callable[[LLMEngine], bool]
+
+
+def _never(engine: LLMEngine) -> bool:
+    return False
+
+
+def _first_steps(engine: LLMEngine) -> bool:
+    return engine.next_step < 20
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """A stretch of an engine's life whose steps are alike."""
@@ -63,7 +75,7 @@ class Phase:
     name: str
     about: str
     max_num_seqs: int
-    prompts: Callable[[np.random.Generator], list[np.ndarray]]
+    prompts: Prompts
     max_tokens: int
     max_model_len: int
     max_num_batched_tokens: int
@@ -71,7 +83,7 @@ class Phase:
     """What a fast device takes for such a step, with room to spare."""
     ends: Callable[[LLMEngine, int], bool]
     """Whether the phase is over, given the engine and how many steps have been measured."""
-    warm_up: Callable[[LLMEngine], bool] = lambda engine: False
+    warm_up: WarmUp = _never
     """Whether the next step does not belong to the phase yet."""
 
 
@@ -90,14 +102,14 @@ class Cost:
     """Time in which the device waited for the host."""
 
 
-def _random_prompts(count: int, shortest: int, longest: int) -> Callable[[np.random.Generator], list[np.ndarray]]:
+def _random_prompts(count: int, shortest: int, longest: int) -> Prompts:
     def draw(rng: np.random.Generator) -> list[np.ndarray]:
         return [rng.integers(1, 30_000, rng.integers(shortest, longest + 1)).astype(np.int32) for _ in range(count)]
 
     return draw
 
 
-def _shared_prompts(count: int, num_shared: int, num_own: int) -> Callable[[np.random.Generator], list[np.ndarray]]:
+def _shared_prompts(count: int, num_shared: int, num_own: int) -> Prompts:
     def draw(rng: np.random.Generator) -> list[np.ndarray]:
         shared = rng.integers(1, 30_000, num_shared)
         return [np.concatenate([shared, rng.integers(1, 30_000, num_own)]).astype(np.int32) for _ in range(count)]
@@ -115,36 +127,46 @@ def _decode(num_sequences: int, shortest: int, longest: int, device_ms: float) -
         max_model_len=4096,
         max_num_batched_tokens=num_sequences * 1024,
         device_ms=device_ms,
-        warm_up=lambda engine: engine.next_step < 20,
+        warm_up=_first_steps,
         ends=lambda engine, steps: steps >= DECODE_STEPS,
+    )
+
+
+def _prefill(
+    name: str, about: str, *, prompts: Prompts, max_tokens: int, max_model_len: int, warm_up: WarmUp = _never
+) -> Phase:
+    """Lasts as long as prompts wait."""
+    return Phase(
+        name=name,
+        about=about,
+        max_num_seqs=1024,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=8192,
+        device_ms=10.0,
+        warm_up=warm_up,
+        ends=lambda engine, steps: engine.num_waiting == 0,
     )
 
 
 PHASES = (
     _decode(256, 100, 1024, device_ms=1.5),
     _decode(1024, 128, 128, device_ms=3.0),
-    Phase(
-        name="short",
-        about="prefill of 8,192 tokens a step, prompts of 512 that end after 8 tokens",
-        max_num_seqs=1024,
+    _prefill(
+        "short",
+        "prefill of 8,192 tokens a step, prompts of 512 that end after 8 tokens",
         prompts=_random_prompts(4096, 512, 512),
         max_tokens=8,
         max_model_len=520,
-        max_num_batched_tokens=8192,
-        device_ms=10.0,
-        warm_up=lambda engine: engine.next_step < 20,
-        ends=lambda engine, steps: engine.num_waiting == 0,
+        warm_up=_first_steps,
     ),
-    Phase(
-        name="shared",
-        about="admission of 1,024 prompts of 2,048 common tokens and 64 of their own",
-        max_num_seqs=1024,
+    _prefill(
+        "shared",
+        "admission of 1,024 prompts of 2,048 common tokens and 64 of their own",
         prompts=_shared_prompts(1024, 2048, 64),
         max_tokens=128,
         max_model_len=2240,
-        max_num_batched_tokens=8192,
-        device_ms=10.0,
-        ends=lambda engine, steps: engine.num_waiting == 0,
     ),
 )
 

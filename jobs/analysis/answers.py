@@ -131,6 +131,18 @@ def answer_rows(path: Path) -> Iterator[dict[str, Any]]:
     return (msgspec.json.decode(line) for line in whole_lines(path))
 
 
+def answers_of_row(run: Path, row: int) -> list[dict[str, Any]]:
+    """The answers of one input row, its samples in order, as objects with at least what `_BatchLine.as_row` gives."""
+    path = generations_file(run)
+    if path is None:
+        return []
+    if path.suffix == ".parquet":
+        found = pq.read_table(path, filters=[("row", "=", row)]).to_pylist()
+    else:
+        found = [answer for answer in answer_rows(path) if answer["row"] == row]
+    return sorted(found, key=lambda answer: answer["sample"])
+
+
 def failures(run: Path) -> list[dict[str, Any]]:
     """The lines of failures.jsonl, in its order, or of the partial file that a run may have before."""
     path = next((run / name for name in (FAILURES_NAME, PARTIAL_FAILURES_NAME) if (run / name).is_file()), None)

@@ -1,12 +1,13 @@
 """Tells the life of one row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from jobs.analysis.answers import failures
+from jobs.analysis.answers import answers_of_row, failures
 from jobs.analysis.arguments import whole_number
 from jobs.analysis.program import EXIT_DONE, Analysis
 from jobs.analysis.recorded_run import RecordedRun
-from jobs.analysis.row_life import lives_of_row
+from jobs.analysis.row_laws import ANSWERED
+from jobs.analysis.row_life import SequenceLife, lives_of_row
 from jobs.analysis.run_paths import find_run
 from jobs.analysis.terminal import show
 from jobs.usage import UsageError
@@ -22,10 +23,28 @@ def _run(values: Mapping[str, str]) -> int:
         show([f"row {row} failed: {failure['code']}: {failure['reason']} ({where})"])
     for life in lives:
         show(life.lines())
-    if not lives and not failed:
+    unrecorded = list(_unrecorded_answers(run, row, lives))
+    show(unrecorded)
+    if not lives and not failed and not unrecorded:
         run.require_records()
         raise UsageError(f"row={row}: no request of {run.path} has it, and it has not failed; {_known_rows(run)}")
     return EXIT_DONE
+
+
+def _unrecorded_answers(run: RecordedRun, row: int, lives: Sequence[SequenceLife]) -> Iterator[str]:
+    """What is known of the row's answers that only an attempt without records can have given."""
+    numbers = [attempt.number for attempt in run.attempts if not attempt.is_recorded]
+    if not numbers:
+        return
+    told = {life.request["sample"] for life in lives if life.request["finish_reason"] in ANSWERED}
+    attempts = f"attempt {' or '.join(map(str, numbers))}"
+    for answer in answers_of_row(run.path, row):
+        if answer["sample"] not in told:
+            yield (
+                f"row {row} ({answer['id']}), sample {answer['sample']}: answered in {attempts}, which was not "
+                f"recorded (recorder=off); all that is known: {answer['num_prompt_tokens']:,} tokens in, "
+                f"{answer['num_output_tokens']:,} out, ended by {answer['finish_reason']}"
+            )
 
 
 def _known_rows(run: RecordedRun) -> str:

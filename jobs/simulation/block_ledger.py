@@ -16,7 +16,7 @@ class BlockLedger(Recorder):
     """Keeps the block events of a simulation."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[int, BlockEvents]] = []
+        self._parts: list[tuple[int | np.ndarray, BlockEvents]] = []
 
     def on_schedule(self, event: ScheduleEvent) -> None:
         self._parts.append((event.plan.step, event.block_events))
@@ -24,11 +24,15 @@ class BlockLedger(Recorder):
     def on_step(self, event: StepEvent) -> None:
         self._parts.append((event.schedule.plan.step, event.block_events))
 
+    def on_leap(self, steps: np.ndarray, events: BlockEvents) -> None:
+        """Of steps that were taken at once; `steps` has that of each event."""
+        self._parts.append((steps, events))
+
     def columns(self) -> Columns:
         """COMPARED, events and reasons as their places in EVENT_KINDS and EVENT_REASONS."""
         rows = np.concatenate([np.empty(0, BLOCK_EVENT_ROW), *(events.rows for _, events in self._parts)])
-        sizes = [len(events) for _, events in self._parts]
-        step = np.repeat(np.array([step for step, _ in self._parts], np.int64), sizes)
+        steps = (np.broadcast_to(step, len(events)) for step, events in self._parts)
+        step = np.concatenate([np.empty(0, np.int64), *steps])
         return {"step": step, **{name: rows[name] for name in COMPARED if name != "step"}}
 
 

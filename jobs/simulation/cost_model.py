@@ -49,10 +49,14 @@ class CostModel:
         """To schedule and prepare."""
         return self.schedule.predict(_submit(sizes)) + self.prepare.predict(_submit(sizes))
 
-    def after_ms(self, num_rows: int, num_finished: int) -> float:
-        """To commit a step, and until the next one is scheduled, rows that are taken in left out."""
-        postprocess = self.postprocess.predict_one(1.0, num_rows, num_finished)
-        return postprocess + self.between.predict_one(1.0, num_finished > 0, num_finished, 0.0)
+    def after_ms(self, num_rows: np.ndarray) -> np.ndarray:
+        """To commit a step in which no row ends, and until the next one is scheduled; rows taken in are left out."""
+        return self.postprocess.predict((1.0, num_rows, 0.0)) + self.between.predict((1.0, 0.0, 0.0, 0.0))
+
+    def ending_ms(self, num_finished: int) -> float:
+        """What rows that end with a step add to that."""
+        postprocess = self.postprocess.predict_one(0.0, 0.0, num_finished)
+        return postprocess + self.between.predict_one(0.0, 1.0, num_finished, 0.0)
 
     def intake_ms(self, num_rows: int, num_tokens: int) -> float:
         """To take rows in."""

@@ -1,6 +1,7 @@
 """A Runner that computes nothing: it knows what each step would cost, and how the recorded rows went on."""
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.shared_reads import SharedReadsFinder
 from jobs.simulation.step_sizes import Padding, StepSizes, sizes_of_plan
 from nanovllm.engine.plan import Plan, StepResult
+
+_NONE = SharedReads()
 
 
 class CostModelRunner:
@@ -42,6 +45,8 @@ class CostModelRunner:
         self._now = 0.0
         self._device_free = 0.0
         self._results: deque[tuple[StepResult, float]] = deque()
+        self._last_decoded = np.empty(0, np.int64)
+        """Sequences that the latest step decoded."""
         self._captured: set[tuple[int, int]] = set()
         self._output_tokens = rows.output_tokens
         self._output_ends = np.append(rows.output_starts[1:], len(rows.output_tokens)) - 1
@@ -84,18 +89,18 @@ class CostModelRunner:
 
     def submit(self, plan: Plan) -> None:
         sizes = sizes_of_plan(plan)
-        shared = self._find_shared(plan)
+        shared = _NONE if self._finder is None else self._find_shared(self._finder, plan)
+        self._last_decoded = plan.seq_ids[: plan.num_decodes]
         rows = sizes.num_rows
         tokens, sampled = self._padding.padded(sizes)
-        self.most_rows = max(self.most_rows, rows)
-        self.most_tokens = max(self.most_tokens, tokens)
-        if sizes.num_decodes == rows and shared is None:
-            submit_ms, gap_ms = self._decode_submit_ms[rows], self._decode_gap_ms
-            forward_ms = self._decode_forward_ms[rows] + self._context_ms * sizes.decode_context
+        if rows > self.most_rows:
+            self.most_rows = rows
+        if tokens > self.most_tokens:
+            self.most_tokens = tokens
+        if sizes.num_decodes == rows:
+            submit_ms, forward_ms, gap_ms = self._decode_costs(rows, sizes.decode_context, shared)
         else:
-            arrays = StepSizes(*(np.array([value]) for value in sizes))
-            submit_ms, gap_ms = self._model.submit_ms(arrays).item(), self._model.gap_ms(arrays).item()
-            forward_ms = self._model.forward_ms(arrays, self._padding, shared or SharedReads()).item()
+            submit_ms, forward_ms, gap_ms = self._costs(sizes, shared)
         prefills = sizes.num_decodes < rows
         submit_ms += self._capture_ms(tokens, sampled) if prefills else 0.0
         self._now += submit_ms
@@ -113,6 +118,40 @@ class CostModelRunner:
             logits_rows=sampled,
         )
         self._results.append((result, self._device_free))
+
+    def longest_leap(self, seq_ids: np.ndarray, num_known: np.ndarray) -> int:
+        """Steps that may be taken at once: each of these sequences, which have `num_known` tokens, surely goes on.
+
+        0 where others decoded last: what these share in the cache has to be looked for.
+        """
+        if not np.array_equal(seq_ids, self._last_decoded):
+            return 0
+        return int((self._lasts[seq_ids] - self._bases[seq_ids] - num_known).min()) - 1
+
+    def next_tokens(self, seq_ids: np.ndarray, num_known: np.ndarray, count: int) -> np.ndarray:
+        """int32 [sequences, count]: those that follow on the `num_known` ones of each sequence."""
+        return self._output_tokens[(self._bases[seq_ids] + num_known)[:, None] + np.arange(count)]
+
+    def leap(self, num_steps: int, rows: int, context: int, after_ms: float, under_way: list[Plan]) -> None:
+        """Steps that decode the `rows` of the last one again, with `context` tokens in the first of them.
+
+        The host works `after_ms` after each. `under_way` are the plans submitted and not collected at the end.
+        """
+        shared = self.shared[-1] if self.shared else _NONE
+        if self._finder is not None:
+            self.shared += [shared] * num_steps
+        submit_ms, forward_ms, gap_ms = self._decode_costs(rows, context, shared)
+        results = deque(done for _, done in self._results)
+        for step in range(num_steps):
+            self._now += submit_ms
+            self._device_free = max(self._device_free, self._now) + forward_ms + step * rows * self._context_ms + gap_ms
+            results.append(self._device_free)
+            self._now = max(self._now, results.popleft()) + after_ms
+        old = (result for result, _ in self._results)
+        self._results = deque(
+            (replace(result, token_ids=self._tokens(plan)), done)
+            for result, plan, done in zip(old, under_way, results, strict=True)
+        )
 
     def collect(self) -> StepResult:
         result, done = self._results.popleft()
@@ -133,9 +172,20 @@ class CostModelRunner:
         self._captured.add(shape)
         return max(self._device_free - self._now, 0.0) + self._model.capture_ms
 
-    def _find_shared(self, plan: Plan) -> SharedReads | None:
-        if self._finder is None:
-            return None
-        shared = self._finder.find(plan)
+    def _find_shared(self, finder: SharedReadsFinder, plan: Plan) -> SharedReads:
+        shared = finder.find(plan)
         self.shared.append(shared)
-        return shared if shared.saved else None
+        return shared
+
+    def _decode_costs(self, rows: int, context: int, shared: SharedReads) -> tuple[float, float, float]:
+        """As `_costs`, of a step without prefills."""
+        if shared.saved:
+            return self._costs(StepSizes(rows, rows, rows, rows, context, 0), shared)
+        forward_ms = self._decode_forward_ms[rows] + self._context_ms * context
+        return self._decode_submit_ms[rows], forward_ms, self._decode_gap_ms
+
+    def _costs(self, sizes: StepSizes, shared: SharedReads) -> tuple[float, float, float]:
+        """Milliseconds: to submit a step, to run it, and beside that until its result is there."""
+        arrays = StepSizes(*(np.array([value]) for value in sizes))
+        forward_ms = self._model.forward_ms(arrays, self._padding, shared).item()
+        return self._model.submit_ms(arrays).item(), forward_ms, self._model.gap_ms(arrays).item()

@@ -40,7 +40,7 @@ class Predictor:
         self.costs = self._fit()
         self.ledger = BlockLedger()
         """Of the run itself, simulated with its own settings, as is `own`."""
-        self.own = simulate(run, self.rows, self.costs.model, run.settings, recorders=[self.ledger])
+        self.own = simulate(run, self.rows, self.costs.model, run.settings, ledger=self.ledger)
         self.calibration = self._calibration()
         """Of the time of all steps: on average, what a run takes that the costs do not explain (stalls, mostly)."""
 
@@ -55,7 +55,7 @@ class Predictor:
 
     def predict_run(self, other: RecordedRun, ledger: BlockLedger) -> Prediction:
         """Another run's rows with its settings; `ledger` takes its block events."""
-        outcome = simulate(other, RecordedRows(other), self.costs.model, other.settings, recorders=[ledger])
+        outcome = simulate(other, RecordedRows(other), self.costs.model, other.settings, ledger=ledger)
         return self._prediction(other, outcome)
 
     @cached_property

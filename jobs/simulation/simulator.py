@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jobs.ration import take_rows
+from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.cost_model import CostModel
 from jobs.simulation.cost_model_runner import CostModelRunner
 from jobs.simulation.forward_cost import SharedReads
@@ -20,6 +21,9 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import PromptError
 from nanovllm.events import Recorder
 from nanovllm.sampling_params import ResolvedSampling
+
+LEAST_LEAP = 2
+"""Steps that are taken at once."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,10 +67,14 @@ def simulate(
     model: CostModel,
     settings: Settings,
     *,
+    ledger: BlockLedger | None = None,
     recorders: Sequence[Recorder] = (),
 ) -> Outcome:
-    """The rows as the generate job would feed them to an engine with these settings on `run`'s device."""
-    simulation = _Simulation(run, rows, model, settings, recorders)
+    """The rows as the generate job would feed them to an engine with these settings on `run`'s device.
+
+    `ledger` takes the block events; `recorders` are told of every step, which takes three times as long.
+    """
+    simulation = _Simulation(run, rows, model, settings, ledger, recorders)
     simulation.run()
     return simulation.outcome
 
@@ -78,6 +86,7 @@ class _Simulation:
         rows: RecordedRows,
         model: CostModel,
         settings: Settings,
+        ledger: BlockLedger | None,
         recorders: Sequence[Recorder],
     ) -> None:
         finder = None
@@ -98,8 +107,11 @@ class _Simulation:
             max_model_len=settings.max_model_len,
             eos_token_ids=(EOS,),
         )
-        self._engine = LLMEngine(scheduler, self._runner, recorders=recorders, clock=self._runner.clock)
+        self._ledger, self._may_leap = ledger, not recorders
+        listeners = [*recorders, ledger] if ledger else recorders
+        self._engine = LLMEngine(scheduler, self._runner, recorders=listeners, clock=self._runner.clock)
         self._model = model
+        self._after_ms = model.after_ms(np.arange(settings.max_num_seqs + 1)).tolist()
         self._rows = rows
         self._by_time = run.arrives_by_time
         self._next = 0
@@ -120,12 +132,13 @@ class _Simulation:
                     break
                 runner.wait_until(self._rows.arrived_ns[self._next])
                 continue
+            self._leap()
             num_rows = engine.scheduler.num_running
             outputs = engine.step()
             end_ns = runner.clock()
             for output in outputs:
                 self._finish(output, end_ns)
-            runner.spend(self._model.after_ms(num_rows, len(outputs)))
+            runner.spend(self._after_ms[num_rows] + (self._model.ending_ms(len(outputs)) if outputs else 0.0))
         outcome = self.outcome
         outcome.num_steps = engine.next_step
         outcome.seconds = end_ns / 1e9
@@ -133,7 +146,29 @@ class _Simulation:
         outcome.shared = runner.shared
         outcome.most_rows, outcome.most_tokens = runner.most_rows, runner.most_tokens
 
+    def _leap(self) -> None:
+        """Steps in which nothing happens but that each row gets its next token are taken at once."""
+        engine, runner, running = self._engine, self._runner, self._engine.scheduler.running
+        if not self._may_leap:
+            return
+        if self._next < len(self._rows) and engine.num_waiting < self.outcome.settings.max_num_seqs:
+            return  # rows may come in between
+        num_steps = engine.longest_leap()
+        if num_steps < LEAST_LEAP:
+            return
+        slots = running.order
+        seq_ids, known = running.seq_ids[slots], running.committed[slots]
+        num_steps = min(num_steps, runner.longest_leap(seq_ids, known))
+        if num_steps < LEAST_LEAP:
+            return
+        rows, context = len(slots), int(running.computed[slots].sum()) + len(slots)
+        hear = None if self._ledger is None else self._ledger.on_leap
+        under_way = engine.leap(num_steps, runner.next_tokens(seq_ids, known, num_steps), hear)
+        runner.leap(num_steps, rows, context, self._after_ms[rows], under_way)
+
     def _feed(self) -> None:
+        if self._next == len(self._rows):
+            return
         self._rows_in = self._tokens_in = 0
         take_rows(self._engine, self._take)
         if self._rows_in and self._engine.next_step:  # what came before the first step is not its time

@@ -1,7 +1,6 @@
 """KV blocks: reference counts, a prefix index over full blocks, and eviction of the least recently used."""
 
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -14,14 +13,21 @@ from nanovllm.events import ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE, BlockEv
 
 ROOT = 0
 """Content number of the empty prefix, and of a block that holds no published one."""
+CUT = -1
+"""In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
 _ALLOCATE, _COMMIT, _EVICT, _FREE, _HIT, _RELEASE = (
     KIND_CODES[kind] for kind in (ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE)
 )
-_NO_BLOCKS = np.empty(0, np.int32)
+_NO_BLOCKS = np.empty(0, np.intp)
 
 
-PublishRun = tuple[int, int, int]
-"""Consecutive blocks of one sequence: its seq_id, the content number of the block before them, and their number."""
+class PublishRuns(NamedTuple):
+    """Consecutive blocks of one sequence each, at least one; int64 [runs]."""
+
+    seq_ids: np.ndarray
+    parents: np.ndarray
+    """The content number of the block before them."""
+    counts: np.ndarray
 
 
 class _Prefix(NamedTuple):
@@ -43,7 +49,7 @@ class BlockManager:
     over the chain a hit therefore holds exactly the wanted prefix, whatever the hash does.
 
     State is kept in arrays, and blocks are taken, hit, published and given back many at a time: a step may admit a
-    hundred prompts of a hundred blocks. Block ids come and go as int32 arrays.
+    hundred prompts of a hundred blocks. Block ids come and go as intp arrays, which index without being converted.
 
     Every change is recorded in the order in which it happens; the owner drains the events.
     """
@@ -72,6 +78,11 @@ class BlockManager:
         return len(self._empty) + len(self._cached)
 
     @property
+    def num_empty(self) -> int:
+        """Blocks that can be taken without giving up a prefix."""
+        return len(self._empty)
+
+    @property
     def num_cached(self) -> int:
         return len(self._cached)
 
@@ -82,10 +93,13 @@ class BlockManager:
     @property
     def events(self) -> BlockEvents:
         """What has happened since the events were drained."""
-        return self._log.events()
+        return self._log.events(self.num_free)
 
     def drain_events(self) -> BlockEvents:
-        return self._log.drain()
+        return self._log.drain(self.num_free)
+
+    def discard_events(self) -> None:
+        self._log.discard()
 
     def extend_hashes(self, hashes: list[int], tokens: bytes) -> None:
         """Append the chained hash of each whole block of `tokens`, which follow on those that `hashes` are of.
@@ -97,6 +111,19 @@ class BlockManager:
         for at in range(0, len(tokens), size):
             last = digest(last.to_bytes(8, "little") + tokens[at : at + size]) & mask
             hashes.append(last)
+
+    def next_hashes(self, chains: list[list[int]], tokens: bytes) -> list[int]:
+        """As extend_hashes, of many chains, each by one block of `tokens`; what has been appended to each."""
+        size, mask, digest = 4 * self.block_size, self._hash_mask, xxhash.xxh64_intdigest
+        hashes: list[int] = []
+        at = 0
+        for chain in chains:
+            last = chain[-1] if chain else 0
+            new = digest(last.to_bytes(8, "little") + tokens[at : at + size]) & mask
+            chain.append(new)
+            hashes.append(new)
+            at += size
+        return hashes
 
     def hash_prompt(self, hashes: list[int], token_ids: np.ndarray, num_blocks: int) -> None:
         """Grow the chained hashes of `token_ids`' leading full blocks until there are `num_blocks` of them.
@@ -134,9 +161,9 @@ class BlockManager:
             more = self._walk(self.content_of(last.blocks[-1]), hashes[count:])
             if not more:
                 return last.blocks
-            blocks = np.concatenate([last.blocks, np.array(more, np.int32)])
+            blocks = np.concatenate([last.blocks, np.array(more, np.intp)])
         else:
-            blocks = np.array(self._walk(ROOT, hashes), np.int32)
+            blocks = np.array(self._walk(ROOT, hashes), np.intp)
         if len(blocks):
             self._last_found = _Prefix(hashes[: len(blocks)], blocks, self._contents[blocks].tobytes())
         return blocks
@@ -162,30 +189,24 @@ class BlockManager:
     def hit(self, seq_id: int, blocks: np.ndarray) -> None:
         """Add `seq_id` to the users of blocks that `find_prefix` has just returned."""
         counts = self._ref_counts[blocks]
-        free: int | np.ndarray = self.num_free
         if np.count_nonzero(counts) < len(counts):
             unused = counts == 0
-            free = free - np.cumsum(unused)
             self._cached.remove(blocks[unused])
         counts += 1
         self._ref_counts[blocks] = counts
-        self._log.add(
-            _HIT, blocks, seq_id, ref_counts=counts, free_blocks=free, hashes=self._hashes[blocks], has_hash=True
-        )
+        self._log.add(_HIT, blocks, seq_id, ref_counts=counts, hashes=self._hashes[blocks], has_hash=True)
 
     def allocate(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
         """Take `count` blocks, for one sequence or, of as many, one for each.
 
         The caller has checked that so many are free.
         """
-        free = self.num_free
-        assert count <= free, f"{count} blocks asked for, {free} of {self.num_blocks} are free"
+        assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
         num_empty = min(count, len(self._empty))
         blocks = self._empty.take(num_empty)
         self._ref_counts[blocks] = 1
         of_empty = seq_ids if isinstance(seq_ids, int) else seq_ids[:num_empty]
-        free_after = np.arange(free - 1, free - 1 - num_empty, -1)
-        self._log.add(_ALLOCATE, blocks, of_empty, ref_counts=1, free_blocks=free_after)
+        self._log.add(_ALLOCATE, blocks, of_empty, ref_counts=1)
         if num_empty == count:
             return blocks
         evicted = self._evict(seq_ids if isinstance(seq_ids, int) else seq_ids[num_empty:], count - num_empty)
@@ -193,7 +214,6 @@ class BlockManager:
 
     def _evict(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
         """Take the cached blocks used longest ago; each is given up just before it is taken."""
-        free = len(self._cached)
         blocks = self._cached.take(count)
         hashes = self._hashes[blocks]
         keys = zip(self._parents[blocks].tolist(), hashes.tolist(), strict=True)
@@ -206,70 +226,77 @@ class BlockManager:
             np.repeat(blocks, 2),
             seq_ids if isinstance(seq_ids, int) else np.repeat(seq_ids, 2),
             ref_counts=turns,
-            free_blocks=free - (np.arange(2 * count) + 1) // 2,
             hashes=np.repeat(hashes, 2),
             has_hash=turns == 0,
         )
         return blocks
 
-    def publish(
-        self, runs: Iterable[PublishRun], blocks: np.ndarray, hashes: list[int], tokens: np.ndarray
-    ) -> list[int | None]:
-        """Offer full blocks for reuse; for each run the content number of its whole prefix.
+    def publish(self, runs: PublishRuns, blocks: np.ndarray, hashes: list[int], tokens: np.ndarray) -> np.ndarray:
+        """Offer full blocks for reuse; for each run the content number of its whole prefix, int64 [runs].
 
         `blocks` [blocks], `hashes` and `tokens` [blocks, block size] are those of all runs, one after the other.
 
-        Where another block already holds the same prefix, that one stays in the index and its number goes on. None,
+        Where another block already holds the same prefix, that one stays in the index and its number goes on. CUT,
         and nothing more of the run published, when another content has the same parent and hash: the chain ends there.
         """
-        new = _NewBlocks([], [], [])
-        ends: list[int | None] = []
-        listed, end = blocks.tolist(), 0
-        for seq_id, parent, count in runs:
+        if len(blocks) == len(runs.counts):  # as in a decode step
+            seq_ids, parents, last = runs.seq_ids, runs.parents, slice(None)
+        else:
+            # As if the first block of each run were new: what follows on a content number given out here is new too.
+            seq_ids, ends = np.repeat(runs.seq_ids, runs.counts), np.cumsum(runs.counts)
+            parents, last = np.arange(self._last_content, self._last_content + len(blocks)), ends - 1
+            parents[ends - runs.counts] = runs.parents
+        new = dict(zip(zip(parents.tolist(), hashes, strict=True), blocks.tolist(), strict=True))
+        if len(new) < len(blocks) or not self._index.keys().isdisjoint(new):
+            return self._publish_one_by_one(runs, blocks, hashes, tokens)
+        self._index.update(new)
+        return self._store(blocks, seq_ids, parents, hashes, tokens)[last]
+
+    def _publish_one_by_one(
+        self, runs: PublishRuns, blocks: np.ndarray, hashes: list[int], tokens: np.ndarray
+    ) -> np.ndarray:
+        """As publish, where some of the prefixes are held by other blocks, or by one another's."""
+        contents: list[int] = []
+        end = 0
+        for seq_id, content, count in zip(*(column.tolist() for column in runs), strict=True):
             at, end = end, end + count
-            content: int | None = parent
-            while at < end and content is not None:
+            while at < end and content != CUT:
                 known = self._index.get((content, hashes[at]))
                 if known is None:
                     break
-                self._store(new, blocks, hashes, tokens)  # it may be one of them
-                content = self.content_of(known) if (self._tokens[known] == tokens[at]).all() else None
+                content = self.content_of(known) if (self._tokens[known] == tokens[at]).all() else CUT
                 at += 1
-            if at < end and content is not None:
-                # Nothing follows on a content number that is only given out here: all the rest is new.
-                for place in range(at, end):
-                    self._index[content, hashes[place]] = listed[place]
-                    new.parents.append(content)
-                    self._last_content = content = self._last_content + 1
-                new.places.extend(range(at, end))
-                new.seq_ids.extend([seq_id] * (end - at))
-            ends.append(content)
-        self._store(new, blocks, hashes, tokens)
-        return ends
+            if at < end and content != CUT:
+                rest = PublishRuns(np.array([seq_id]), np.array([content]), np.array([end - at]))
+                content = self.publish(rest, blocks[at:end], hashes[at:end], tokens[at:end]).item()
+            contents.append(content)
+        return np.array(contents)
 
-    def _store(self, new: "_NewBlocks", blocks: np.ndarray, hashes: list[int], tokens: np.ndarray) -> None:
-        """Write down what the blocks at the new places hold, and forget the places."""
-        count = len(new.places)
-        if not count:
-            return
-        if count < len(blocks):
-            blocks, tokens, hashes = blocks[new.places], tokens[new.places], [hashes[place] for place in new.places]
+    def _store(
+        self,
+        blocks: np.ndarray,
+        seq_ids: np.ndarray,
+        parents: np.ndarray,
+        hashes: list[int],
+        tokens: np.ndarray,
+    ) -> np.ndarray:
+        """Write down what newly published blocks hold; their content numbers, which are given out here."""
+        first, self._last_content = self._last_content + 1, self._last_content + len(blocks)
+        contents = np.arange(first, first + len(blocks))
         hash_array = np.array(hashes, np.uint64)
         self._hashes[blocks] = hash_array
-        self._parents[blocks] = new.parents
-        self._contents[blocks] = np.arange(self._last_content - count + 1, self._last_content + 1)
+        self._parents[blocks] = parents
+        self._contents[blocks] = contents
         self._tokens[blocks] = tokens
         self._log.add(
             _COMMIT,
             blocks,
-            np.array(new.seq_ids, np.int64),
+            seq_ids,
             ref_counts=self._ref_counts[blocks],
-            free_blocks=self.num_free,
             hashes=hash_array,
             has_hash=True,
         )
-        for values in new:
-            values.clear()
+        return contents
 
     def free(self, seq_ids: Items[int], tables: Items[np.ndarray], reasons: Items[str]) -> int:
         """Take each sequence off the users of its blocks, its table; returns how many blocks have no user left.
@@ -279,24 +306,30 @@ class BlockManager:
         """
         blocks = np.concatenate([table[::-1] for table in tables])
         listed = blocks.tolist()
-        if len(set(listed)) < len(listed) and len(tables) > 1:  # they share blocks
-            each = zip(seq_ids, tables, reasons, strict=True)
+        if len(set(listed)) < len(listed):
+            if len(tables) == 1:
+                raise _freed_too_often(next(block for block in listed if listed.count(block) > 1))
+            each = zip(seq_ids, tables, reasons, strict=True)  # they share blocks
             return sum(self.free([seq_id], [table], [reason]) for seq_id, table, reason in each)
         counts = self._ref_counts[blocks] - 1
-        _check_taken(listed, counts)
+        if np.count_nonzero(counts < 0):
+            raise _freed_too_often(int(blocks[counts.argmin()]))
         free_before = self.num_free
         freed, has_hash = counts == 0, self._contents[blocks] != ROOT
         self._ref_counts[blocks] = counts
         self._empty.put(blocks[freed & ~has_hash])
         self._cached.put(blocks[freed & has_hash])
-        sizes = [len(table) for table in tables]
+        owner, reason = seq_ids[0], REASON_CODES[reasons[0]]
+        if len(tables) > 1:
+            sizes = [len(table) for table in tables]
+            owner = np.repeat(seq_ids, sizes)
+            reason = np.repeat([REASON_CODES[reason] for reason in reasons], sizes)
         self._log.add(
             np.where(freed, _FREE, _RELEASE),
             blocks,
-            np.repeat(seq_ids, sizes),
-            reason=np.repeat([REASON_CODES[reason] for reason in reasons], sizes),
+            owner,
+            reason=reason,
             ref_counts=counts,
-            free_blocks=free_before + np.cumsum(freed),
             hashes=self._hashes[blocks],
             has_hash=has_hash,
         )
@@ -326,15 +359,6 @@ class BlockManager:
         assert set(cached) <= published, "a cached block is not in the index"
 
 
-class _NewBlocks(NamedTuple):
-    """Blocks that a call of `publish` has put into the index and not yet stored."""
-
-    places: list[int]
-    """Which of the call's blocks."""
-    parents: list[int]
-    seq_ids: list[int]
-
-
 def _num_common(first: np.ndarray, second: np.ndarray) -> int:
     """Length of the longest common beginning."""
     count = min(len(first), len(second))
@@ -343,9 +367,5 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
     return place if count and differs[place] else count
 
 
-def _check_taken(blocks: list[int], counts: np.ndarray) -> None:
-    """Raise AssertionError unless each of the blocks stands there once and may have the reference count it would."""
-    if len(set(blocks)) < len(blocks) or (len(counts) and counts.min() < 0):
-        bad = [block for block, count in zip(blocks, counts.tolist(), strict=True) if count < 0]
-        bad += [block for block in blocks if blocks.count(block) > 1]
-        raise AssertionError(f"block {bad[0]} freed more often than it was taken")
+def _freed_too_often(block: int) -> AssertionError:
+    return AssertionError(f"block {block} freed more often than it was taken")

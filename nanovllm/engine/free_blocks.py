@@ -1,4 +1,7 @@
-"""Blocks that nobody uses: a stack of the empty ones, a queue of those whose prefix can still be reused."""
+"""Blocks that nobody uses: a stack of the empty ones, a queue of those whose prefix can still be reused.
+
+Block ids are intp, as numpy indexes with these at once.
+"""
 
 import numpy as np
 
@@ -7,7 +10,7 @@ class EmptyBlocks:
     """The block that was put back last is taken first."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.intp)
         self._count = num_blocks
 
     def __len__(self) -> int:
@@ -37,7 +40,7 @@ class CachedBlocks:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self._queue = np.zeros(2 * num_blocks, np.int32)
+        self._queue = np.zeros(2 * num_blocks, np.intp)
         self._place = np.full(num_blocks, -1, np.int64)  # of each block in the queue; -1 where it is not in it
         self._head = self._tail = 0
         self._count = 0

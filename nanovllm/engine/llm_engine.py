@@ -3,16 +3,17 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.event_log import by_step
 from nanovllm.engine.plan import Plan, Runner, StepResult
 from nanovllm.engine.scheduler import Commit, Ended, Scheduled, Scheduler
 from nanovllm.engine.sequence import Sequence, StopCheck
 from nanovllm.errors import PromptError
-from nanovllm.events import ArrivalEvent, Recorder, RequestEvent, ScheduleEvent, StepEvent
+from nanovllm.events import ArrivalEvent, BlockEvents, Recorder, RequestEvent, ScheduleEvent, StepEvent
 from nanovllm.sampling_params import ResolvedSampling
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "abort": "aborted", "error": "error"}
@@ -43,6 +44,11 @@ class _Submitted:
     schedule_ms: float
     event: ScheduleEvent | None
     """None where nobody listened when it was scheduled."""
+
+    def later(self, num_steps: int) -> "_Submitted":
+        """The same decodes so many steps later."""
+        plan = replace(self.plan, step=self.plan.step + num_steps, starts=self.plan.starts + num_steps)
+        return _Submitted(plan, self.schedule_ms, None if self.event is None else replace(self.event, plan=plan))
 
 
 class LLMEngine:
@@ -164,6 +170,40 @@ class LLMEngine:
             return []
         return self._commit(self._in_flight.popleft())
 
+    def longest_leap(self) -> int:
+        """Steps that `leap` may take, if no token ends a sequence; 0 where a step has to be taken as it comes."""
+        if len(self._in_flight) != self.runner.lookahead:
+            return 0
+        running = self.scheduler.running
+        seq_ids = running.seq_ids[running.order]
+        alike = all(
+            plan.num_decodes == len(seq_ids) and np.array_equal(plan.seq_ids, seq_ids)
+            for plan in (submitted.plan for submitted in self._in_flight)
+        )
+        return self.scheduler.longest_leap() if alike else 0
+
+    def leap(
+        self, num_steps: int, token_ids: np.ndarray, hear: Callable[[np.ndarray, BlockEvents], None] | None = None
+    ) -> list[Plan]:
+        """Take decode steps at once, as a simulation can that knows their tokens; runner and recorders are not told.
+
+        `num_steps` is at most `longest_leap`, and `token_ids` (int32 [running sequences in order of admission, steps])
+        end no sequence. Everything is then as if `step` had been called so often. Returns the plans that are under way
+        instead of those which were. `hear` is given the steps of block events, and the events.
+        """
+        running = self.scheduler.running
+        takes_in, publishes_in = running.leap(num_steps, token_ids)
+        if hear is None:
+            self._blocks.discard_events()
+        else:
+            seq_ids = running.seq_ids[running.order]
+            steps, events = by_step(self._blocks.drain_events(), seq_ids, takes_in, publishes_in)
+            hear(self.next_step + steps, events)
+        self.next_step += num_steps
+        self.last_committed += num_steps
+        self._in_flight = deque(submitted.later(num_steps) for submitted in self._in_flight)
+        return [submitted.plan for submitted in self._in_flight]
+
     def abort_all(self) -> list[SequenceOutput]:
         """Give up everything that is unfinished, after the steps under way; nothing is left to do then.
 
@@ -188,7 +228,7 @@ class LLMEngine:
             return False
         event = self._schedule_event(scheduled, start_ns) if self.recorders else None
         if event is None:
-            self._blocks.drain_events()
+            self._blocks.discard_events()
         schedule_ms = (self.clock() - start_ns) / 1e6
         if event is not None:
             for recorder in self.recorders:
@@ -212,7 +252,7 @@ class LLMEngine:
         commit = self.scheduler.commit(submitted.plan, result.token_ids, end_ns)
         self.last_committed = submitted.plan.step
         if submitted.event is None:
-            self._blocks.drain_events()
+            self._blocks.discard_events()
         else:
             self._tell(submitted.event, submitted.schedule_ms, result, commit, end_ns)
         return [self._finish(ended) for ended in commit.ended]

@@ -4,16 +4,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.engine.block_manager import ROOT, BlockManager
+from nanovllm.engine.block_manager import CUT, ROOT, BlockManager, PublishRuns
 from nanovllm.engine.sequence import Ended, Sequence
 from nanovllm.events import ABORTED, FINISHED
 
-CUT = -1
-"""In place of a content number: a hash collision has ended the chain, and no more blocks are published."""
+_NOTHING = np.empty(0, np.int32)
 
 
 class TableEntries(NamedTuple):
-    """table[slot, column] = block, each int32 [entries]"""
+    """table[slot, column] = block, each [entries]"""
 
     slots: np.ndarray
     columns: np.ndarray
@@ -32,11 +31,13 @@ class Running:
         0 ..... capacity[s]            there are blocks for the KV
 
     Who schedules or commits reads these arrays and may set one of them; what must change together, a method here does.
+
+    Slots come and go as intp arrays, which index without being converted: at these sizes that is most of the time.
     """
 
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_model_len: int) -> None:
         self._blocks = blocks
-        self.order = np.empty(0, np.int32)
+        self.order = np.empty(0, np.intp)
         """Slots that are taken, in order of admission."""
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
@@ -49,6 +50,8 @@ class Running:
         most_blocks = -(-max_model_len // blocks.block_size)
         self._token_blocks = np.empty((max_num_seqs, most_blocks, blocks.block_size), np.int32)
         self.tokens = self._token_blocks.reshape(max_num_seqs, -1)
+        self._token_blocks = self._token_blocks.reshape(-1, blocks.block_size)
+        self._width = most_blocks  # places of a slot's first block in it, and in the flat tables, are so far apart
         self.seq_ids = per_slot(np.int64, -1)
         self.computed = per_slot(np.int32)
         self.committed = per_slot(np.int32)
@@ -63,9 +66,11 @@ class Running:
         self.stops_at_eos = per_slot(np.bool_)
         self.has_own_stops = per_slot(np.bool_)
         self.has_first_token = per_slot(np.bool_)
-        self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.int32)
-        self._published = per_slot(np.int32)
+        self._tables = np.full((max_num_seqs, most_blocks), blocks.num_blocks, np.intp)
+        self._flat_tables = self._tables.reshape(-1)
+        self._published = per_slot(np.intp)
         self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
+        self._hashes: list[list[int]] = [[]] * max_num_seqs  # the sequences' prefix_hashes
 
         self._new_entries: list[TableEntries] = []  # for the next plan
 
@@ -93,7 +98,7 @@ class Running:
         slot = seq.slot = self.free_slots.pop()
         self.sequences[slot] = seq
         self.seq_ids[slot] = seq.seq_id
-        self.order = np.append(self.order, np.int32(slot))
+        self.order = np.append(self.order, slot)
         self.num_prefilling += 1
         self.tokens[slot, :num_tokens] = seq.token_ids
         self.computed[slot] = num_cached
@@ -104,6 +109,7 @@ class Running:
         self.stops_at_eos[slot] = not seq.sampling.ignore_eos
         self.has_own_stops[slot] = bool(seq.stop_token_ids) or seq.stop_check is not None
         self.has_first_token[slot] = seq.first_token_ns is not None
+        self._hashes[slot] = seq.prefix_hashes
         self._published[slot] = len(hits)
         self._parent[slot] = self._blocks.content_of(hits[-1]) if len(hits) else ROOT
         if len(hits):
@@ -118,16 +124,19 @@ class Running:
             ((slot, count),) = wanted
             self._enter(slot, self._blocks.allocate(self.seq_ids.item(slot), count))
         elif wanted:
-            slots, counts = np.array(wanted, np.int32).T
+            slots, counts = np.array(wanted, np.intp).T
             self.grow(slots, counts)
         wanted.clear()
 
-    def grow(self, slots: np.ndarray, counts: np.ndarray) -> None:
-        """`counts` [slots] more blocks for each slot."""
-        owners, columns = _spread(slots, self.capacity[slots] // self._blocks.block_size, counts)
+    def grow(self, slots: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """`counts` [slots] more blocks for each slot, or one more."""
+        capacity, size = self.capacity[slots], self._blocks.block_size
+        owners, columns = slots, (capacity // size).astype(np.intp)
+        if counts is not None:
+            owners, columns = _spread(slots, columns, counts)
         blocks = self._blocks.allocate(self.seq_ids[owners], len(owners))
-        self._tables[owners, columns] = blocks
-        self.capacity[slots] += counts * self._blocks.block_size
+        self._flat_tables[owners * self._width + columns] = blocks
+        self.capacity[slots] = capacity + (size if counts is None else size * counts)
         self._new_entries.append(TableEntries(owners, columns, blocks))
 
     def _enter(self, slot: int, blocks: np.ndarray) -> None:
@@ -135,11 +144,11 @@ class Running:
         first, count = self._num_held(slot), len(blocks)
         self._tables[slot, first : first + count] = blocks
         self.capacity[slot] += count * self._blocks.block_size
-        columns = np.arange(first, first + count, dtype=np.int32)
-        self._new_entries.append(TableEntries(np.full(count, slot, np.int32), columns, blocks))
+        columns = np.arange(first, first + count)
+        self._new_entries.append(TableEntries(np.full(count, slot), columns, blocks))
 
     def drain_table_entries(self) -> TableEntries:
-        """The entries since the last call, in the order in which they were made."""
+        """The entries since the last call, in the order in which they were made, as int32."""
         entries = _joined(self._new_entries)
         self._new_entries.clear()
         return entries
@@ -151,16 +160,43 @@ class Running:
 
         Returns where each slot starts, and whether it samples.
         """
-        starts = self.computed[slots]
+        starts, length = self.computed[slots], self.length[slots]
         ends = starts + num_tokens
-        samples = ends == self.length[slots]
+        samples = ends == length
         self.computed[slots] = ends
-        self.length[slots] += samples
+        self.length[slots] = length + samples
         self.in_flight[slots] += 1
         if num_decodes < len(slots):
             self.num_prefilling -= int(np.count_nonzero(samples[num_decodes:]))
         self._publish_full_blocks(slots)
         return starts, samples
+
+    def leap(self, num_steps: int, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `num_steps` decode steps of all slots do, no more than a block has tokens, whose tokens are known.
+
+        `token_ids` [slots in order of admission, steps] are the next ones to be committed. The caller has checked that
+        empty blocks suffice and that nobody ends. Blocks are taken and published in the same order as step by step.
+        Returns in which step, counted from 0, each slot takes its block and has one published, if it does.
+        """
+        slots, size = self.order, self._blocks.block_size
+        computed, committed = self.computed[slots], self.committed[slots]
+        room = self.capacity[slots] - computed
+        need = np.argsort(room, kind="stable")[: np.count_nonzero(room < num_steps)]
+        if len(need):
+            self.grow(slots[need])
+        self.tokens[slots[:, None], committed[:, None] + np.arange(num_steps)] = token_ids
+        self.computed[slots] = computed + num_steps
+        self.committed[slots] = committed + num_steps
+        self.length[slots] += num_steps
+        known = np.minimum(computed, committed - 1)  # a step is scheduled before the one before it is committed
+        full = (known + num_steps) // size
+        full_in = full * size - known - 1
+        if self._blocks.prefix_caching:
+            due = np.flatnonzero(full > self._published[slots])
+            due = due[np.argsort(full_in[due], kind="stable")]
+            if len(due):
+                self._publish(slots[due], full[due])
+        return room, full_in
 
     def _publish_full_blocks(self, slots: np.ndarray) -> None:
         """Tell the prefix index of the slots' blocks that are full once the submitted steps have run.
@@ -170,8 +206,8 @@ class Running:
         if not self._blocks.prefix_caching:
             return
         full = self._num_full(slots)
-        due = full > self._published[slots]
-        if due.any():
+        due = (full > self._published[slots]).nonzero()[0]
+        if len(due):
             self._publish(slots[due], full[due])
 
     def _num_full(self, slots: np.ndarray) -> np.ndarray:
@@ -182,28 +218,32 @@ class Running:
         """Offer the slots' first `full` [slots] blocks for reuse, as far as that has not been done."""
         first = self._published[slots]
         self._published[slots] = full
-        goes_on = self._parent[slots] != CUT
-        if not goes_on.all():
-            slots, first, full = slots[goes_on], first[goes_on], full[goes_on]
+        parents = self._parent[slots]
+        goes_on = parents != CUT
+        if np.count_nonzero(goes_on) < len(slots):
+            slots, first, full, parents = slots[goes_on], first[goes_on], full[goes_on], parents[goes_on]
         counts = full - first
         owners, columns = _spread(slots, first, counts)
-        tokens = self._token_blocks[owners, columns]
+        places = owners * self._width + columns
+        tokens = self._token_blocks[places]
         hashes = self._hashes_of(slots, first, full, tokens)
-        runs = zip(self.seq_ids[slots].tolist(), self._parent[slots].tolist(), counts.tolist(), strict=True)
-        ends = self._blocks.publish(runs, self._tables[owners, columns], hashes, tokens)
-        self._parent[slots] = [CUT if end is None else end for end in ends]
+        runs = PublishRuns(self.seq_ids[slots], parents, counts)
+        self._parent[slots] = self._blocks.publish(runs, self._flat_tables[places], hashes, tokens)
 
     def _hashes_of(self, slots: np.ndarray, first: np.ndarray, full: np.ndarray, tokens: np.ndarray) -> list[int]:
         """Chained hashes of each slot's blocks from `first` to `full`, which hold `tokens`."""
+        chains, data = [self._hashes[slot] for slot in slots.tolist()], tokens.tobytes()
+        starts = first.tolist()
+        if len(tokens) == len(chains) and [len(chain) for chain in chains] == starts:  # as in a decode step
+            return self._blocks.next_hashes(chains, data)
         hashes: list[int] = []
-        data, width = tokens.tobytes(), tokens.itemsize * self._blocks.block_size
+        width = tokens.itemsize * self._blocks.block_size
         at = 0  # of the slot's first block in `data`
-        for slot, start, end in zip(slots.tolist(), first.tolist(), full.tolist(), strict=True):
-            seq = self.sequence_in(slot)
-            own, past = seq.prefix_hashes, at + (end - start) * width
-            if len(own) < end:
-                self._blocks.extend_hashes(own, data[at + (len(own) - start) * width : past])
-            hashes += own[start:end]
+        for chain, start, end in zip(chains, starts, full.tolist(), strict=True):
+            past = at + (end - start) * width
+            if len(chain) < end:
+                self._blocks.extend_hashes(chain, data[at + (len(chain) - start) * width : past])
+            hashes += chain[start:end]
             at = past
         return hashes
 
@@ -231,7 +271,8 @@ class Running:
     def leave(self, slots: np.ndarray, reasons: list[str]) -> int:
         """Give back slots and their blocks, one after the other; returns how many blocks have no user left."""
         freed = self._free_blocks(slots, reasons)
-        self.num_prefilling -= int(np.count_nonzero(self.computed[slots] < self.prefill_end[slots]))
+        if self.num_prefilling:
+            self.num_prefilling -= int(np.count_nonzero(self.computed[slots] < self.prefill_end[slots]))
         listed = slots.tolist()
         for slot in listed:
             self.sequence_in(slot).slot = -1
@@ -245,7 +286,7 @@ class Running:
     def _free_blocks(self, slots: np.ndarray, reasons: list[str]) -> int:
         """What a sequence has not published yet is published just before its blocks are freed."""
         full = self._num_full(slots)
-        due = np.flatnonzero(full > self._published[slots]).tolist() if self._blocks.prefix_caching else []
+        due = (full > self._published[slots]).nonzero()[0].tolist() if self._blocks.prefix_caching else []
         freed, first = 0, 0
         for end in [*due, len(slots)]:
             if first < end:
@@ -260,15 +301,16 @@ class Running:
 
 def _joined(entries: list[TableEntries]) -> TableEntries:
     if not entries:
-        nothing = np.empty(0, np.int32)
-        return TableEntries(nothing, nothing, nothing)
-    return TableEntries(*(np.concatenate(parts) for parts in zip(*entries, strict=True)))
+        return TableEntries(_NOTHING, _NOTHING, _NOTHING)
+    if len(entries) == 1:
+        ((slots, columns, blocks),) = entries
+        return TableEntries(slots.astype(np.int32), columns.astype(np.int32), blocks.astype(np.int32))
+    return TableEntries(*(np.concatenate(parts, dtype=np.int32) for parts in zip(*entries, strict=True)))
 
 
 def _spread(slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of `counts` [slots] blocks from column `first` [slots] on, one slot after the other: the slot and the column."""
-    if len(slots) == counts.sum() and counts.all():  # one each, as in a decode step
+    if np.count_nonzero(counts == 1) == len(slots):  # as in a decode step
         return slots, first
     owners = np.repeat(slots, counts)
-    columns = np.arange(len(owners), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts - first, counts)
-    return owners, columns.astype(np.int32)
+    return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts - first, counts)

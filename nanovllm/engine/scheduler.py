@@ -12,6 +12,7 @@ from nanovllm.engine.running import Running
 from nanovllm.engine.sequence import Ended, Sequence
 from nanovllm.events import PREEMPTED, Preemption
 
+_NOTHING = np.empty(0, np.int32)
 GROWTH_STEPS = 16
 """A sequence is admitted only while the running ones can grow by this many tokens each: without such a reserve a
 newcomer would often be preempted again within a few steps, and its prefill lost."""
@@ -57,6 +58,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running = Running(blocks, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._displaced: dict[int, Sequence] = {}  # preempted with steps under way
+        self._ones = np.ones(max_num_seqs, np.int32)
+        self._ones.flags.writeable = False  # plans share it
         self._committer = Committer(self.running, self.waiting, self._displaced, eos_token_ids)
 
     # What a caller may ask
@@ -93,6 +96,16 @@ class Scheduler:
         running = self.running
         slots = running.order[~running.ended[running.order]]
         return running.seq_ids[slots].tolist() + [seq.seq_id for seq in self.waiting]
+
+    def longest_leap(self) -> int:
+        """Steps from now on that are surely decodes of all that run, whatever is sampled unless it ends a sequence."""
+        running, order = self.running, self.running.order
+        may_admit = bool(self.waiting and running.free_slots)
+        if may_admit or running.num_prefilling or running.num_ended or not len(order):
+            return 0
+        steps = min(int((running.limit[order] - running.length[order]).min()), self.blocks.block_size)
+        need = np.count_nonzero(running.capacity[order] - running.computed[order] < steps)
+        return steps if need <= self.blocks.num_empty else 0
 
     # Changes
 
@@ -161,8 +174,12 @@ class Scheduler:
         order = running.order
         if not len(order):
             return order
-        growing = (running.length[order] < running.limit[order]) & ~running.ended[order]
-        ready = order[growing & (running.computed[order] >= running.prefill_end[order])]
+        growing = running.length[order] < running.limit[order]
+        if running.num_ended:
+            growing &= ~running.ended[order]
+        ready = order[growing]
+        if running.num_prefilling:
+            ready = ready[running.computed[ready] >= running.prefill_end[ready]]
         need = ready[running.computed[ready] == running.capacity[ready]]
         while len(need) > self.blocks.num_free:
             # Sequences that end with a step under way give their blocks back soon: wait for them, preempt nobody.
@@ -175,7 +192,7 @@ class Scheduler:
                 growing = growing[:-1]
             ready, need = ready[ready != blocked], need[need != blocked]
         if len(need):
-            running.grow(need, np.ones(len(need), np.int32))
+            running.grow(need)
         return ready
 
     def _preempt(self, slot: int) -> Preemption:
@@ -186,7 +203,7 @@ class Scheduler:
         seq.num_preemptions += 1
         if seq.num_in_flight:
             self._displaced[seq.seq_id] = seq
-        freed = running.leave(np.array([slot], np.int32), [PREEMPTED])
+        freed = running.leave(np.array([slot]), [PREEMPTED])
         self.waiting.appendleft(seq)
         return Preemption(seq.seq_id, freed, self.blocks.num_free, seq.num_preemptions)
 
@@ -261,10 +278,9 @@ class Scheduler:
         self, step: int, decodes: np.ndarray, prefills: list[tuple[int, int]], admissions: list[Admission]
     ) -> Plan:
         running = self.running
-        slots, num_tokens = decodes, np.ones(len(decodes), np.int32)
-        prefill_ids = np.empty(0, np.int32)
+        slots, num_tokens, prefill_ids = decodes, self._ones[: len(decodes)], _NOTHING
         if prefills:
-            slots = np.concatenate([decodes, np.array([slot for slot, _ in prefills], np.int32)])
+            slots = np.concatenate([decodes, [slot for slot, _ in prefills]])
             num_tokens = np.concatenate([num_tokens, np.array([count for _, count in prefills], np.int32)])
             tokens, computed = running.tokens, running.computed
             prefill_ids = np.concatenate(
@@ -275,7 +291,7 @@ class Scheduler:
         return Plan(
             step=step,
             seq_ids=running.seq_ids[slots],
-            slots=slots,
+            slots=slots.astype(np.int32),
             starts=starts,
             num_tokens=num_tokens,
             samples=samples,

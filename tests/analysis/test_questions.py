@@ -1,9 +1,13 @@
 """What sql=, jobs.explain and jobs.diff answer, against the rows of the tables themselves."""
 
+import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.analysis.program import main
@@ -213,9 +217,7 @@ def test_every_question_says_which_attempt_was_not_recorded(
     for words in (["analyze", f"run={run}"], ["trace", f"run={run}"], ["audit", f"run={run}"]):
         assert said(capsys, *words).count(NOTE) == 1, words
     assert NOTE in (run / "report.html").read_text()
-    told = {request["row"] for request in rows_of(run, "requests")}
-    row = min(set(range(60)) - told)
-    assert main("explain", [f"run={run}", f"row={row}"]) == 2
+    assert main("explain", [f"run={run}", "row=60"]) == 2
     assert NOTE in capsys.readouterr().err
     assert NOTE in said(capsys, "diff", f"a={run}", f"b={run}")
     assert main("diff", [f"a={run}", f"b={resumed_run}"]) == 1
@@ -277,3 +279,75 @@ def test_a_sweep_shows_what_differs_against_figures(
     assert "what differs between them: engine.max_num_seqs\n" in text
     assert re.search(r"^1 +4 .*complete$", text, re.M)
     assert re.search(r"^2 +8 .*complete$", text, re.M)
+
+
+def unrecorded_answer(run: Path) -> Row:
+    """The answer of a row that only an attempt without records can have given."""
+    told = told_rows(run)
+    return next(answer for answer in answers_of(run) if answer["row"] not in told)
+
+
+def sentence(answer: Row, attempts: str) -> str:
+    return (
+        f"row {answer['row']} ({answer['id']}), sample 0: answered in attempt {attempts}, which was not recorded "
+        f"(recorder=off); all that is known: {answer['num_prompt_tokens']} tokens in, "
+        f"{answer['num_output_tokens']} out, ended by {answer['finish_reason']}\n"
+    )
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_of_a_row_that_only_an_unrecorded_attempt_answered_is_told_what_is_known(
+    form: str, unrecorded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(unrecorded_run, tmp_path / "run")
+    answer = unrecorded_answer(run)
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(answers_of(run)), run / "generations.parquet")
+        (run / "generations.jsonl").unlink()
+    assert said(capsys, "explain", f"run={run}", f"row={answer['row']}") == sentence(answer, "1")
+
+
+def test_a_row_given_up_with_records_and_answered_without_them_has_both_lives(
+    unrecorded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(unrecorded_run, tmp_path / "run")
+    first = next(request for request in rows_of(run, "requests") if request["attempt"] == 0)
+    answer = next(answer for answer in answers_of(run) if answer["row"] == first["row"])
+    assert "not recorded" not in said(capsys, "explain", f"run={run}", f"row={first['row']}")
+    edit(
+        run,
+        "requests",
+        lambda rows: [row.update(finish_reason="aborted") for row in rows if row["row"] == first["row"]],
+    )
+    text = said(capsys, "explain", f"run={run}", f"row={first['row']}")
+    assert "of attempt 0" in text
+    assert text.endswith(sentence(answer, "1"))
+
+
+def test_where_several_attempts_have_no_records_all_that_may_have_answered_are_named(
+    unrecorded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(unrecorded_run, tmp_path / "run")
+    answer = unrecorded_answer(run)
+    edit_manifest(run, lambda manifest: [attempt.update(recorder=False) for attempt in manifest["attempts"]])
+    shutil.rmtree(run / "records")
+    assert said(capsys, "explain", f"run={run}", f"row={answer['row']}") == sentence(answer, "0 or 1 or 2")
+    assert main("explain", [f"run={run}", "row=60"]) == 2
+    assert "has no records" in capsys.readouterr().err
+
+
+def test_an_answer_without_a_request_is_no_answer_where_every_attempt_was_recorded(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faulty = copied(run, tmp_path / "run")
+    edit(faulty, "requests", lambda rows: rows.pop(7))
+    row = next(answer["row"] for answer in answers_of(faulty) if answer["row"] not in told_rows(faulty))
+    assert main("explain", [f"run={faulty}", f"row={row}"]) == 2
+
+
+def told_rows(run: Path) -> set[int]:
+    return {request["row"] for request in rows_of(run, "requests")}
+
+
+def answers_of(run: Path) -> list[Row]:
+    return [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]

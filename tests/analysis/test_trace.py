@@ -9,7 +9,7 @@ import pytest
 
 from jobs.analysis.lives import lanes
 from jobs.analysis.program import main
-from tests.analysis.editing import copied, rows_of
+from tests.analysis.editing import Row, copied, edit, rows_of
 
 Event = dict[str, Any]
 
@@ -36,23 +36,58 @@ def test_every_event_has_what_its_kind_needs(traced: tuple[Path, list[Event]]) -
             assert all(isinstance(value, int) for value in event["args"].values())
 
 
-def test_spans_of_a_track_nest(traced: tuple[Path, list[Event]]) -> None:
-    """The viewer refuses spans that overlap halfway."""
-    _, events = traced
-    tracks: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+def read_ns(microseconds: float) -> int:
+    """As Perfetto's importer reads a time."""
+    return int(microseconds * 1000.0)
+
+
+def nesting(events: list[Event]) -> tuple[int, int]:
+    """(spans that the importer would drop, how deep the others nest).
+
+    By its rule: in whole nanoseconds, a span that begins within another one does not end behind it.
+    """
+    tracks: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for event in events:
         if event["ph"] == "X":
-            tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
-    deepest = 0
-    for track, spans in tracks.items():
-        stack: list[float] = []
-        for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
-            while stack and stack[-1] <= start + 1e-3:
+            tracks[event["pid"], event["tid"]].append((read_ns(event["ts"]), read_ns(event["dur"])))
+    dropped = deepest = 0
+    for spans in tracks.values():
+        stack: list[int] = []
+        for start, duration in sorted(
+            spans, key=lambda span: span[0]
+        ):  # of equal ones the first in the file comes first
+            while stack and stack[-1] <= start:
                 stack.pop()
-            assert not stack or end <= stack[-1] + 1e-3, track
-            stack.append(end)
+            if stack and start + duration > stack[-1]:
+                dropped += 1
+                continue
+            stack.append(start + duration)
             deepest = max(deepest, len(stack))
-    assert deepest == 2, "a row's pieces lie within the row"
+    return dropped, deepest
+
+
+def test_spans_of_a_track_nest_to_the_nanosecond(traced: tuple[Path, list[Event]]) -> None:
+    """A row's pieces lie within the row."""
+    _, events = traced
+    assert nesting(events) == (0, 2)
+
+
+def test_times_of_any_nanosecond_come_through(run: Path, tmp_path: Path) -> None:
+    """Those of the runs made here are whole microseconds, which hide what a quotient loses."""
+    path = copied(run, tmp_path / "run")
+
+    def stretch(rows: list[Row]) -> None:
+        for row in rows:
+            row.update({name: round(row[name] * 1.2345678912345) for name in row if name.endswith("_ns") and row[name]})
+
+    edit(path, "steps", stretch)
+    edit(path, "requests", stretch)
+    assert main("trace", [f"run={path}"]) == 0
+    events = json.loads((path / "trace.json").read_bytes())["traceEvents"]
+    assert nesting(events) == (0, 2)
+    starts = {read_ns(event["ts"]) for event in events if event["name"] == "schedule"}
+    assert starts == {row["start_ns"] for row in rows_of(path, "steps")}
+    assert any(read_ns(start / 1e3) < start for start in starts), "a quotient would have done"
 
 
 def test_tracks_say_what_the_tables_say(traced: tuple[Path, list[Event]]) -> None:
@@ -62,7 +97,7 @@ def test_tracks_say_what_the_tables_say(traced: tuple[Path, list[Event]]) -> Non
     assert [event["args"]["step"] for event in device] == [step["step"] for step in steps]
     for event, step in zip(device, steps, strict=True):
         assert event["ts"] + event["dur"] == pytest.approx(step["end_ns"] / 1e3)
-        assert event["dur"] <= step["forward_ms"] * 1e3 + 1e-6
+        assert event["dur"] <= step["forward_ms"] * 1e3 + 1e-3
     rows = {
         (event["args"]["attempt"], event["args"]["seq_id"])
         for event in events

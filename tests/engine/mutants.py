@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     mutant(
         "publishing goes on behind a hash collision",
-        ("publish", "self.content_of(known) if (self._tokens[known] == tokens[at]).all() else None",
+        ("_publish_one_by_one", "self.content_of(known) if (self._tokens[known] == tokens[at]).all() else CUT",
          "self.content_of(known)"),
         hash_bits=1,
     ),

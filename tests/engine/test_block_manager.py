@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nanovllm.engine.block_manager import ROOT, BlockManager
+from nanovllm.engine.block_manager import CUT, ROOT, BlockManager, PublishRuns
 from nanovllm.events import ALLOCATE, COMMIT, EVICT, FINISHED, FREE, HIT, PREEMPTED, RELEASE, BlockEvent
 from tests.engine.ledger_check import chained_hash
 
@@ -41,9 +41,13 @@ def publish(
     blocks: BlockManager, seq_id: int, block: int, parent: int, prefix_hash: int, token_ids: np.ndarray
 ) -> int | None:
     """One block."""
-    run = (seq_id, parent, 1)
-    (content,) = blocks.publish([run], np.array([block], np.int32), [prefix_hash], token_ids.reshape(1, SIZE))
-    return content
+    runs = runs_of((seq_id, parent, 1))
+    (content,) = blocks.publish(runs, np.array([block]), [prefix_hash], token_ids.reshape(1, SIZE)).tolist()
+    return None if content == CUT else content
+
+
+def runs_of(*runs: tuple[int, int, int]) -> PublishRuns:
+    return PublishRuns(*np.array(runs, np.int64).T)
 
 
 def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
@@ -52,7 +56,9 @@ def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
     hashes: list[int] = []
     blocks.hash_prompt(hashes, token_ids, len(token_ids) // size)
     table = blocks.allocate(seq_id, len(hashes))
-    blocks.publish([(seq_id, ROOT, len(hashes))], table, hashes, token_ids[: len(hashes) * size].reshape(-1, size))
+    blocks.publish(
+        runs_of((seq_id, ROOT, len(hashes))), table, hashes, token_ids[: len(hashes) * size].reshape(-1, size)
+    )
     return table.tolist()
 
 
@@ -185,13 +191,13 @@ def test_equal_blocks_that_are_published_in_one_call_are_published_once() -> Non
     table = blocks.allocate(1, 2), blocks.allocate(2, 3)
 
     contents = blocks.publish(
-        [(1, ROOT, 2), (2, ROOT, 3)],
+        runs_of((1, ROOT, 2), (2, ROOT, 3)),
         np.concatenate(table),
         hashes[:2] + hashes,
         np.concatenate([first, second]).reshape(-1, SIZE),
     )
 
-    assert contents == [blocks.content_of(table[0][1]), blocks.content_of(table[1][2])]
+    assert contents.tolist() == [blocks.content_of(table[0][1]), blocks.content_of(table[1][2])]
     assert [(e.seq_id, e.block_id) for e in blocks.events if e.event == COMMIT] == [(1, 0), (1, 1), (2, 4)]
     assert find(blocks, second) == [0, 1, 4]
     blocks.check_integrity([part.tolist() for part in table])

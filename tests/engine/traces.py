@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 
 from nanovllm.engine import scheduler as scheduler_module
-from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.block_manager import CUT, BlockManager
 from nanovllm.engine.llm_engine import LLMEngine, SequenceOutput
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import PromptError
@@ -246,9 +246,9 @@ class _Run:
     def _count_collisions(self) -> None:
         publish, seen = self.blocks.publish, self.seen
 
-        def counted(*args: object) -> list[int | None]:
+        def counted(*args: object) -> np.ndarray:
             ends = publish(*args)
-            seen["hash collisions"] += ends.count(None)
+            seen["hash collisions"] += int(np.count_nonzero(ends == CUT))
             return ends
 
         self.blocks.publish = counted

@@ -49,7 +49,7 @@ def difference(directory: Path, settings: Settings | None = None) -> str | None:
     run = RecordedRun("run", directory)
     predictor = Predictor(run)
     ledger = BlockLedger()
-    simulate(run, predictor.rows, predictor.costs.model, settings or run.settings, recorders=[ledger])
+    simulate(run, predictor.rows, predictor.costs.model, settings or run.settings, ledger=ledger)
     assert len(ledger.columns()["step"]) > 100
     return first_difference(recorded_columns(run.block_events()), ledger.columns())
 
