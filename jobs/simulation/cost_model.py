@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jobs.simulation.fitting import Error, Fit, fit, held_out_error
-from jobs.simulation.forward_cost import DOUBTED, FEATURES, ForwardFeatures, SharedReads
+from jobs.simulation.forward_cost import DOUBTED, FEATURES, WHOLE, ForwardFeatures, SharedReads
 from jobs.simulation.host_times import HostTimes
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes
@@ -37,6 +37,11 @@ class CostModel:
     """Of the graph of a step with prefills whose shape comes for the first time."""
     warm_up_ms: float
     """What the first steps took longer than others like them, in all."""
+
+    @property
+    def whole_ms(self) -> float:
+        """What a decode step takes longer for not being in halves, where the runner could."""
+        return self.forward.coefficients.item(FEATURES.index(WHOLE))
 
     def forward_ms(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> np.ndarray:
         """Of steps whose sizes are arrays."""

@@ -64,6 +64,8 @@ class CostModelRunner:
         one = np.array([0, 1])
         per_token = StepSizes(one * 0, one * 0, one * 0, one * 0, one, one * 0)
         self._context_ms = float(np.diff(model.forward_ms(per_token, padding, SharedReads()))[0])
+        self._halves_from = padding.halves_from.tolist()
+        self._whole_ms = model.whole_ms
 
     # The clock
 
@@ -140,11 +142,11 @@ class CostModelRunner:
         shared = self.shared[-1] if self.shared else _NONE
         if self._finder is not None:
             self.shared += [shared] * num_steps
-        submit_ms, forward_ms, gap_ms = self._decode_costs(rows, context, shared)
         results = deque(done for _, done in self._results)
         for step in range(num_steps):
+            submit_ms, forward_ms, gap_ms = self._decode_costs(rows, context + step * rows, shared)
             self._now += submit_ms
-            self._device_free = max(self._device_free, self._now) + forward_ms + step * rows * self._context_ms + gap_ms
+            self._device_free = max(self._device_free, self._now) + forward_ms + gap_ms
             results.append(self._device_free)
             self._now = max(self._now, results.popleft()) + after_ms
         old = (result for result, _ in self._results)
@@ -182,6 +184,8 @@ class CostModelRunner:
         if shared.saved:
             return self._costs(StepSizes(rows, rows, rows, rows, context, 0), shared)
         forward_ms = self._decode_forward_ms[rows] + self._context_ms * context
+        if context >= self._halves_from[rows]:
+            forward_ms -= self._whole_ms
         return self._decode_submit_ms[rows], forward_ms, self._decode_gap_ms
 
     def _costs(self, sizes: StepSizes, shared: SharedReads) -> tuple[float, float, float]:

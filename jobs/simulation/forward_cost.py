@@ -10,8 +10,10 @@ import numpy as np
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.step_sizes import Padding, StepSizes
 
+WHOLE = "whole step"
 FEATURES = (
     "step",
+    WHOLE,
     "step with prefills",
     "step beyond 16 tokens",
     "tokens up to 16",
@@ -23,6 +25,7 @@ FEATURES = (
 )
 DOUBTED = MappingProxyType(
     {
+        WHOLE: 0.1,
         "step with prefills": 1.0,
         "step beyond 16 tokens": 0.1,
         "tokens up to 16": 0.1,
@@ -91,6 +94,7 @@ class ForwardFeatures:
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
         return (
             1.0,
+            padding.has_halves & ~padding.in_halves(sizes, shared.saved),
             sizes.num_decodes < sizes.num_rows,
             tokens > FEW_TOKENS,
             np.minimum(tokens, FEW_TOKENS),

@@ -8,7 +8,7 @@ import numpy as np
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from nanovllm.engine.plan import Plan
-from nanovllm.runner.graph_sizes import GraphSizes
+from nanovllm.runner.graph_sizes import NEVER, GraphSizes
 
 
 class StepSizes(NamedTuple):
@@ -75,6 +75,8 @@ class Padding:
     """[tokens of a step with prefills]"""
     of_sampled: np.ndarray
     """[rows of logits of a step with prefills]"""
+    halves_from: np.ndarray
+    """[rows of a step without prefills]: the tokens of context from which it runs in halves"""
 
     @classmethod
     def of(cls, run: RecordedRun, settings: Settings) -> "Padding":
@@ -87,7 +89,19 @@ class Padding:
             of_decodes=_table(graphs.decodes if graphs else none, seqs, multiple),
             of_tokens=_table(graphs.tokens if graphs else none, tokens, multiple),
             of_sampled=_table(graphs.sampled if graphs and graphs.tokens else none, seqs, multiple),
+            halves_from=np.array([graphs.halves_from(rows) if graphs else NEVER for rows in range(seqs + 1)]),
         )
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether there are steps that run in halves."""
+        return self.graphs is not None and bool(self.graphs.in_halves)
+
+    def in_halves(self, sizes: StepSizes, saved: Any) -> np.ndarray:
+        """Whether steps run in halves; `saved` are the tokens that shared prefixes save each of them."""
+        decodes = sizes.num_decodes == sizes.num_rows
+        rows = np.where(decodes, sizes.num_rows, 0)
+        return decodes & (np.asarray(saved) == 0) & (sizes.decode_context >= self.halves_from[rows])
 
     def padded(self, sizes: StepSizes) -> tuple[Any, Any]:
         """(tokens, rows of logits) that are really computed; of one step or of many."""

@@ -6,6 +6,8 @@ MIN_HALVES_ROWS, MAX_HALVES_ROWS = 8, 128
 MIN_HALVES_TOKENS = 65536
 """Whose keys and values take so long to read that the other half's matrix products fit into that time; kernels/NOTES.md
 has what was measured."""
+NEVER = 2**62
+"""More tokens than there can be."""
 MAX_HALVES_LAYER_BYTES = 2**26
 """A layer's weights, beyond which reading them twice costs more than it saves."""
 
@@ -39,8 +41,12 @@ class GraphSizes:
 
     def runs_in_halves(self, rows: int, context_tokens: int) -> bool:
         """Whether a decode step of `rows` that share no prefix, `context_tokens` in all, is faster in halves."""
-        size = next_size(self.decodes, rows)
-        return rows >= MIN_HALVES_ROWS and context_tokens >= MIN_HALVES_TOKENS and size in self.in_halves
+        return context_tokens >= self.halves_from(rows)
+
+    def halves_from(self, rows: int) -> int:
+        """The tokens of context from which that is so; NEVER for too few rows or too many."""
+        fits = rows >= MIN_HALVES_ROWS and next_size(self.decodes, rows) in self.in_halves
+        return MIN_HALVES_TOKENS if fits else NEVER
 
 
 def graph_sizes(

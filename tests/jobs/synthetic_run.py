@@ -84,9 +84,11 @@ def write_run(
     on_gpu: bool = True,
     attention: str = "triton (auto: measured fastest)",
     graphs: bool = True,
+    with_halves: bool = False,
 ) -> Outcome:
     """A run directory of those rows, as a device with these costs would have left it."""
     directory.mkdir(parents=True)
+    halves = ", in halves up to 128" if with_halves else ""
     manifest = {
         "schema_version": 1,
         "status": "complete",
@@ -101,7 +103,7 @@ def write_run(
             "max_model_len": settings.max_model_len,
             "device": "cuda:0" if on_gpu else "cpu",
             "attention": attention,
-            "cuda_graphs": "decode steps, prefill steps" if graphs else "off (enforce_eager)",
+            "cuda_graphs": f"decode steps{halves}, prefill steps" if graphs else "off (enforce_eager)",
             "row_multiple": 1 if on_gpu else 16,
             "architecture": ARCHITECTURE,
         },

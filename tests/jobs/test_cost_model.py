@@ -170,6 +170,36 @@ def test_steps_are_padded_as_the_runner_pads_them(recorded: Predictor, seqs: int
         assert both == (next_size(sizes.tokens, count), next_size(sizes.sampled, count))
 
 
+@pytest.mark.parametrize("with_halves", [False, True])
+def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tmp_path: Path):
+    """At a cost that the fit finds, and that other runs are predicted with."""
+    forward = {**FORWARD, "whole step": 0.7}
+    much = replace(SMALL, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=40_000)
+    long_rows = [
+        replace(row, num_prompt_tokens=8 * row.num_prompt_tokens, num_output_tokens=5 * row.num_output_tokens)
+        for row in rows(160, 1)
+    ]
+    costs = law(forward=forward, submit={"step": 0.15}, capture_ms=30.0)
+    write_run(tmp_path / "run", long_rows, costs, much, with_halves=with_halves)
+    predictor = Predictor(RecordedRun("run", tmp_path / "run"))
+    sizes = recorded_sizes(predictor.run)
+    padding = Padding.of(predictor.run, much)
+    halved = padding.in_halves(sizes, 0)
+    graphs = graph_sizes(160, much.max_num_batched_tokens, with_prefills=True, with_halves=with_halves)
+    expected = [
+        rows == decodes and graphs.runs_in_halves(rows, context)
+        for rows, decodes, context in zip(sizes.num_rows, sizes.num_decodes, sizes.decode_context, strict=True)
+    ]
+    assert halved.tolist() == expected
+    assert not padding.in_halves(sizes, np.ones(len(halved))).any(), "not those that read a prefix apart"
+    assert (100 < halved.sum() < len(halved) - 100) == with_halves
+    model = predictor.costs.model
+    assert model.whole_ms == pytest.approx(0.7 if with_halves else 0.0, rel=0.02)
+    write_run(tmp_path / "other", long_rows[40:120] + rows(100, 2), costs, much, with_halves=with_halves)
+    other = RecordedRun("against", tmp_path / "other")
+    assert predictor.predict_run(other, BlockLedger()).steps_s == pytest.approx(other.steps_seconds, rel=0.003)
+
+
 def test_outliers_do_not_bend_a_fit():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 1000, 500).astype(float)
