@@ -17,6 +17,9 @@ from jobs.roofline import GPUS
 from kernels import reference
 from kernels.attention_work import DecodeWork, PrefillWork
 from kernels.draws import Draws
+from kernels.linear import linear
+from kernels.linear_add_norm import linear_add_norm
+from kernels.linear_silu_mul import linear_silu_mul
 from kernels.norm_rotary_store import norm_rotary_store
 from kernels.paged_decode_attention import num_programs, paged_decode_attention
 from kernels.paged_prefill_attention import paged_prefill_attention, tokens_per_item
@@ -99,6 +102,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     with torch.device(device):
         for rows in (256, 8192):
             yield from _element_wise(rows)
+        for rows in (16, 64, 128):
+            yield from _products(rows)
         for rows, top_k in ((256, 0), (1024, 0), (256, 20)):
             yield _sampling(rows, top_k)
         yield from _decode_cases()
@@ -150,6 +155,39 @@ def _element_wise(rows: int) -> Iterator[Case]:
             for x in inputs
         ],
     )
+
+
+def _products(rows: int) -> Iterator[Case]:
+    """A layer's, of few rows, with what is computed in them or right behind; beside cuBLAS's."""
+    heads, norm = HEADS * HEAD_SIZE, torch.ones(HIDDEN, dtype=DTYPE)
+    residual = _randn(rows, HIDDEN)
+
+    def case(name: str, columns: int, depth: int, ours: Callable[..., object], theirs: Callable[..., object]) -> Case:
+        num_bytes = (columns * depth + rows * (columns + depth)) * DTYPE.itemsize
+        x = _randn(rows, depth)
+        weights = [_randn(columns, depth) * 0.02 for _ in range(_copies(num_bytes))]
+        return Case(
+            name=f"{name} {rows} x {depth} x {columns}",
+            num_bytes=num_bytes,
+            flops=2.0 * rows * columns * depth,
+            ours=[lambda w=w: ours(x, w) for w in weights],
+            others={"torch": [lambda w=w: theirs(x, w) for w in weights]},
+        )
+
+    def add_norm(x: Tensor, weight: Tensor) -> object:
+        return linear_add_norm(x, weight, residual, norm, 1e-6)
+
+    def torch_add_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(F.linear(x, weight).add_(residual), (HIDDEN,), norm, 1e-6)
+
+    def torch_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
+        gate, up = F.linear(x, weight).chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    yield case("linear", heads + 2 * KV_HEADS * HEAD_SIZE, HIDDEN, linear, F.linear)
+    yield case("linear_add_norm", HIDDEN, heads, add_norm, torch_add_norm)
+    yield case("linear_silu_mul", 2 * INTERMEDIATE, HIDDEN, linear_silu_mul, torch_silu_mul)
+    yield case("linear_add_norm", HIDDEN, INTERMEDIATE, add_norm, torch_add_norm)
 
 
 def _sampling(rows: int, top_k: int) -> Case:
