@@ -297,6 +297,14 @@ def test_parquet_output_holds_what_jsonl_output_holds(mixed: Finished, tmp_path:
     assert not (run.directory / "generations.jsonl").exists()
 
 
+def test_a_kept_column_that_no_first_row_has_is_warned_of_and_null(tmp_path: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Count from 1", "note": 1}])
+    run = generate(tmp_path / "run", f"input={rows}", "writer.keep=[note,nota]", "sampling.max_tokens=2")
+    assert [(row["note"], row["nota"]) for row in run.generations] == [(1, None)]
+    warnings = [line for line in run.log.splitlines() if "[WARNING]" in line]
+    assert [("writer.keep=nota" in line, "writer.keep=note" in line) for line in warnings] == [(True, False)]
+
+
 def as_text(value: object) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
 
