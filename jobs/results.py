@@ -54,7 +54,7 @@ class Results:
         if len(both):
             raise RowLogError(f"{directory}: row {both[0]} was both answered and refused")
         self._done = np.union1d(answered, failed)
-        """int64, ascending: of earlier attempts."""
+        """uint32, ascending: of earlier attempts."""
 
     def __enter__(self) -> Self:
         return self
