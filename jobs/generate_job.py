@@ -93,9 +93,9 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
 
     A run that is resumed begins with what its earlier attempts have acknowledged. `assemble` builds the engine.
     """
-    _warn(config, run)
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
     reader = _reader(config)
+    _warn(run, reader)
     power, resumed = config.writer.durability == "power", run.manifest.attempt > 0
     run.manifest.record_attempt(recorder=config.recorder.enabled, sealed=False)
     figures = Figures()
@@ -211,8 +211,8 @@ def settled(run_directory: Path, manifest: Manifest) -> int | None:
     return EXIT_ROWS_FAILED if counts["failed"] else EXIT_COMPLETE
 
 
-def _warn(config: GenerateConfig, run: Run) -> None:
-    """Says what the run can do with, and its user may not have meant."""
+def _warn(run: Run, reader: RowReader) -> None:
+    """Of what does not keep the run from going on, but may not be meant."""
     if (kind := remote_type(run.directory)) is not None:
         _logger.warning(
             "%s is on %s, a network file system: locks and acknowledged rows may not keep what writer.durability "
@@ -220,7 +220,7 @@ def _warn(config: GenerateConfig, run: Run) -> None:
             run.directory,
             kind,
         )
-    for name in _reader(config).absent_columns():
+    for name in reader.absent_columns():
         _logger.warning(
             "writer.keep=%s: none of the first rows has this column; in the output, rows without it have null", name
         )

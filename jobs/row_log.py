@@ -48,8 +48,8 @@ class RowLog:
     def recover(cls, path: Path, see: Callable[[bytes], object], *, power: bool = True) -> "RowLog":
         """Opens the log of an earlier attempt, or makes it where that had not come so far.
 
-        `see` is shown each whole line as `add` once got it. The file is cut behind the last
-        line before the first bad one. Doing this again, also after dying within it, gives the same.
+        `see` is shown each whole line as `add` once got it. The file is cut behind the last line before the first bad
+        one. Doing this again, also after dying within it, gives the same.
         """
         if not path.exists():
             return cls(path, power=power)
