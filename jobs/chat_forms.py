@@ -1,6 +1,6 @@
 """A row's conversation: messages, and what goes to the chat template with them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jobs.field_limits import MAX_TOOLS, check_count, check_length
 from jobs.json_words import kind, shown
@@ -49,11 +49,13 @@ def _messages(value: object) -> list[dict[str, object]]:
 
 
 def _message(index: int, message: object) -> dict[str, object]:
-    """The message without its nulls."""
+    """The message without its nulls, its content as one text."""
     place = f"messages[{index}]"
     if not isinstance(message, dict):
         refuse(BadRowCode.BAD_MESSAGES, f"{place} is {kind(message)}, must be {{role, content}}")
     given = {key: value for key, value in message.items() if value is not None}
+    if isinstance(given.get("content"), list):
+        given["content"] = _joined_parts(f"{place}.content", given["content"])
     role, content = given.get("role"), given.get("content")
     if role not in ROLES:
         refuse(BadRowCode.BAD_MESSAGES, f"{place}.role is {shown(role)}, must be one of {', '.join(ROLES)}")
@@ -70,6 +72,32 @@ def _message(index: int, message: object) -> dict[str, object]:
         absent = "null" if "content" in message else "missing"
         refuse(BadRowCode.BAD_MESSAGES, f"{place}.content is {absent}, must be a string")
     return given
+
+
+def _joined_parts(place: str, parts: Sequence[object]) -> str:
+    """The text of a content in parts, a line break between two of them, as vLLM has it.
+
+    A template would get them as a list, and most templates of models for text alone can only add strings.
+    """
+    if not parts:
+        refuse(BadRowCode.BAD_MESSAGES, f"{place} is an empty list, must be a string or a list of text parts")
+    return "\n".join(_part_text(f"{place}[{index}]", part) for index, part in enumerate(parts))
+
+
+def _part_text(place: str, part: object) -> str:
+    wanted = '{"type": "text", "text": ...}'
+    if not isinstance(part, dict):
+        refuse(BadRowCode.BAD_MESSAGES, f"{place} is {kind(part)}, must be {wanted}")
+    given = {key: value for key, value in part.items() if value is not None}
+    if given.get("type") != "text":
+        refuse(BadRowCode.BAD_MESSAGES, f"{place}.type is {shown(given.get('type'))}; only text is supported: {wanted}")
+    for key in given:
+        if key not in ("type", "text"):
+            refuse(BadRowCode.BAD_MESSAGES, f"{place} has key {shown(key)}; a part is {wanted}")
+    text = given.get("text")
+    if not isinstance(text, str):
+        refuse(BadRowCode.BAD_MESSAGES, f"{place}.text is {kind(text)}, must be a string")
+    return text
 
 
 def _check_tool_calls(place: str, role: object, calls: object) -> None:

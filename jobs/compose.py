@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jobs import complaints
 from jobs import schema as schemas
+from jobs.model_name import model_name
 from jobs.usage import UsageError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -80,7 +82,7 @@ def compose_config(source: ConfigSource[ConfigT], overrides: Sequence[str]) -> C
         _check_hydra_keys(parsed, {RUN_DIR})
         full = _compose(source, overrides, parsed)
         tree = _checked_tree(full, source, parsed)
-        with _hydra_resolver(full):
+        with _resolvers(full, source):
             return Composition(
                 config=_build(tree, source, parsed),
                 tree=tree,
@@ -126,7 +128,7 @@ def plan_sweep(source: ConfigSource[ConfigT], overrides: Sequence[str]) -> Sweep
         steady = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
         full = _compose(source, steady, [o for o in parsed if not o.is_sweep_override()])
         params = OmegaConf.select(full, "hydra.sweeper.params") or {}
-        with _hydra_resolver(full):
+        with _resolvers(full, source):
             return SweepPlan(
                 overrides=[
                     *_parse([f"{key}={value}" for key, value in params.items()]),
@@ -152,8 +154,10 @@ def _hydra(source: ConfigSource[ConfigT]) -> Iterator[None]:
 
 
 @contextmanager
-def _hydra_resolver(full: DictConfig) -> Iterator[None]:
-    """Gives ${hydra:...} its values for a while."""
+def _resolvers(full: DictConfig, source: ConfigSource[ConfigT]) -> Iterator[None]:
+    """Gives ${hydra:...} its values for a while, and ${model_name:CHOICE,PATH} a meaning (see model_name)."""
+    directories = [d for d in (source.config_dir, source.extra_dir) if d is not None]
+    OmegaConf.register_new_resolver("model_name", partial(model_name, config_dirs=directories), replace=True)
     holder = HydraConfig.instance()
     before = holder.cfg
     holder.set_config(full)
@@ -161,6 +165,7 @@ def _hydra_resolver(full: DictConfig) -> Iterator[None]:
         yield
     finally:
         holder.cfg = before
+        OmegaConf.clear_resolver("model_name")
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

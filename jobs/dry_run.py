@@ -48,6 +48,8 @@ class Survey:
     max_tokens: array = field(default_factory=lambda: array("i"))
     """Of the output; -1 where there is no limit but the model's."""
     ids: array = field(default_factory=lambda: array("Q"))
+    columns: Counter[str] = field(default_factory=Counter)
+    """Of writer.keep: how many rows that can be answered have each."""
     codes: Counter[str] = field(default_factory=Counter)
     failures: list[BadRow] = field(default_factory=list)
     """The first ones."""
@@ -59,6 +61,7 @@ class Survey:
                 if len(self.failures) < SHOWN_FAILURES:
                     self.failures.append(row)
                 continue
+            self.columns.update(name for name, value in row.columns.items() if value is not None)
             limit = row.request.sampling.max_tokens
             self.prompt_tokens.append(len(row.request.token_ids))
             self.max_tokens.append(-1 if limit is None else limit)
@@ -128,6 +131,9 @@ def report(config: GenerateConfig, source: ModelSource, survey: Survey, cache: C
         lines.append(
             ("ids", f"{repeated:,} rows repeat an earlier row's id; that is legal, rows are told apart by row")
         )
+    if config.writer.keep:
+        kept = [f"{name} in {survey.columns[name]:,} of the rows" for name in config.writer.keep]
+        lines.append(("kept", f"{', '.join(kept)}; null in the others"))
     if num_good:
         lines += _size_lines(config, survey, cache, max_model_len)
         earlier = similar_run(config, source.name, num_good, on_cpu=is_on_cpu(config))

@@ -1,6 +1,7 @@
 """The generate job: answers every row of an input file and records every step."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -18,6 +19,7 @@ from jobs.generate_loop import GenerateLoop
 from jobs.input_paths import resolve_paths
 from jobs.journal import Journal, JournalError
 from jobs.manifest import FAILED, Manifest
+from jobs.network_disk import remote_type
 from jobs.progress import Progress
 from jobs.progress_file import ProgressFile
 from jobs.reader import RowReader, check_input
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
     Assemble = Callable[[GenerateConfig, Run, Figures, ModelSource], Assembly]
+
+_logger = logging.getLogger(__name__)
 
 SMALL_MODEL = 20_000_000
 """Weights below which one CPU thread is used: a second gains up to a half on an idle machine, but its barriers, one or
@@ -91,6 +95,7 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
     """
     source = resolve_model(config.model.path, config.model.revision, config.model.load_format)
     reader = _reader(config)
+    _warn(run, reader)
     power, resumed = config.writer.durability == "power", run.manifest.attempt > 0
     run.manifest.record_attempt(recorder=config.recorder.enabled, sealed=False)
     figures = Figures()
@@ -204,6 +209,21 @@ def settled(run_directory: Path, manifest: Manifest) -> int | None:
         return None
     show(f"{run_directory}: complete, {counts['answered']:,} answered, {counts['failed']:,} failed; files verified")
     return EXIT_ROWS_FAILED if counts["failed"] else EXIT_COMPLETE
+
+
+def _warn(run: Run, reader: RowReader) -> None:
+    """Of what does not keep the run from going on, but may not be meant."""
+    if (kind := remote_type(run.directory)) is not None:
+        _logger.warning(
+            "%s is on %s, a network file system: locks and acknowledged rows may not keep what writer.durability "
+            "promises; a local directory would",
+            run.directory,
+            kind,
+        )
+    for name in reader.absent_columns():
+        _logger.warning(
+            "writer.keep=%s: none of the first rows has this column; in the output, rows without it have null", name
+        )
 
 
 def _reader(config: GenerateConfig) -> RowReader:

@@ -186,12 +186,12 @@ class GenerateLoop:
                 url=row.url,
             )
         )
-        self._journal.append(self._generations, line, 1 + len(line.line) // VALUE_BYTES)
+        self._journal.append(self._generations, line, 1 + len(line) // VALUE_BYTES)
 
     def _fail(self, row: BadRow) -> None:
         self._num_failed += 1
         failure = self._failures.encode(row)
-        self._journal.append(self._failures, failure, 1 + len(failure[1].line) // VALUE_BYTES)
+        self._journal.append(self._failures, failure, 1 + len(failure[1]) // VALUE_BYTES)
         if self._max_failures is not None and self._num_failed > self._max_failures:
             raise TooManyFailures(
                 f"more than reader.max_failures={self._max_failures} rows failed; the last one is row {row.row} "

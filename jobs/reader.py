@@ -114,6 +114,22 @@ class RowReader:
             elif is_regular(path):
                 self._check_beginning(path)
 
+    def absent_columns(self) -> tuple[str, ...]:
+        """Names of writer.keep that none of the first NUM_FIRST_LINES rows of any file has: typing errors, perhaps.
+
+        A line of JSONL may leave out what it has no value for, so only the end of the input would tell for sure.
+        Parquet has a schema, and `check` refuses a file without the column. Pipes are not read.
+        """
+        absent, seen = set(self._keep), False
+        for path in self._paths:
+            if not absent or path == STANDARD_INPUT or is_parquet(path) or not is_regular(path):
+                return ()
+            for row in self._beginning(path):
+                if isinstance(row, InputRow):
+                    seen = True
+                    absent -= {name for name, value in row.columns.items() if value is not None}
+        return tuple(name for name in self._keep if seen and name in absent)
+
     def count(self) -> int | None:
         """How many rows an iteration will give; None where only reading tells (pipes) or it takes too long."""
         counts = _row_counts(self._paths)
@@ -156,10 +172,14 @@ class RowReader:
         with open_file(path) as stream:
             yield stream
 
-    def _check_beginning(self, path: str) -> None:
+    def _beginning(self, path: str) -> list[InputRow | BadRow]:
         with closing(self._jsonl_rows(path, 0, NUM_FIRST_LINES)) as rows:
             first = list(rows)
         self._files.clear()
+        return first
+
+    def _check_beginning(self, path: str) -> None:
+        first = self._beginning(path)
         if first and all(isinstance(r, BadRow) and r.code == BadRowCode.SYSTEM_NEEDS_MESSAGES for r in first):
             raise InputError(
                 f"reader.system: {printable(path)} has rows without messages, which take no system message; "

@@ -9,8 +9,8 @@ import numpy as np
 
 from jobs import disk
 from jobs.batch_output import BatchForm
+from jobs.line_index import CHUNK, RowLogError
 from jobs.manifest import Manifest
-from jobs.row_log import ORDER_CHUNK, RowLogError
 from jobs.rows import BadRow, InputRow
 from jobs.writer import (
     PARTIAL_FAILURES_NAME,
@@ -49,12 +49,12 @@ class Results:
         self.generations = GenerationWriter(directory, format, keep, batch=batch, power=power, resumed=resumed)
         self._batch = batch
         self.failures = FailureWriter(directory, power=power, resumed=resumed)
-        answered, failed = np.unique(self.generations.log.rows), np.unique(self.failures.log.rows)
+        answered, failed = (np.unique(writer.log.index().rows) for writer in (self.generations, self.failures))
         both = np.intersect1d(answered, failed, assume_unique=True)
         if len(both):
             raise RowLogError(f"{directory}: row {both[0]} was both answered and refused")
         self._done = np.union1d(answered, failed)
-        """int64, ascending: of earlier attempts."""
+        """uint32, ascending: of earlier attempts."""
 
     def __enter__(self) -> Self:
         return self
@@ -109,10 +109,11 @@ class Results:
     def _check_every_row_has_one(self, num_rows: int) -> None:
         results = np.zeros(num_rows, np.uint8)  # 1 MB a million
         for result, log in ((_ANSWERED, self.generations.log), (_FAILED, self.failures.log)):
-            if len(log.rows) and log.rows.max() >= num_rows:
-                raise ResultsError(f"{log.path}: has row {log.rows.max()}, but only {num_rows} rows were read")
-            for first in range(0, len(log.rows), ORDER_CHUNK):  # as a whole, the index would be copied to 64 bits
-                results[log.rows[first : first + ORDER_CHUNK]] |= result
+            rows = log.index().rows
+            if len(rows) and rows.max() >= num_rows:
+                raise ResultsError(f"{log.path}: has row {rows.max()}, but only {num_rows} rows were read")
+            for first in range(0, len(rows), CHUNK):  # as a whole, the index would be copied to 64 bits
+                results[rows[first : first + CHUNK]] |= result
         both = _ANSWERED | _FAILED
         for what, wrong in (("no result", results == 0), ("been answered and has failed", results == both)):
             if wrong.any():

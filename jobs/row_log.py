@@ -2,39 +2,30 @@
 
 import contextlib
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
+import msgspec
 import numpy as np
 
 from jobs import disk
+from jobs.line_index import CHUNK, ENTRY, LineIndex, RowLogError
 
-ORDER_CHUNK = 65536
-"""Indices that are Python integers at the same time: a million would take 36 MB."""
-_READ_BYTES = 4 * 1024 * 1024
+_READ_BYTES = 1024 * 1024
 _SEAL = b',"crc32":"%08x"}\n'
 _SEAL_BYTES = len(_SEAL % 0)
 
 
-class RowLogError(RuntimeError):
-    """A log holds what no crash of ours can have left."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowLine:
-    """One finished row, encoded."""
+class _Key(msgspec.Struct):
+    """What a line is found again by."""
 
     row: int
-    sample: int
-    line: bytes
-    """A JSON object of at least one key, as it will stand in the final file; without its line break."""
+    sample: int = 0
 
 
 class RowLog:
-    """Lines of JSON, appended in groups, each found again by the order in which it came.
+    """Lines of JSON, each an object with a `row` and, unless that is 0, a `sample`; appended in groups.
 
     On the disk each object has one more key, the last: `crc32`, of the bytes before its comma. A line that a crash or a
     loss of power has left incomplete or changed is thus told from a whole one, and `recover` cuts the file there.
@@ -42,7 +33,7 @@ class RowLog:
     - `add` takes rows, `flush` makes them durable: one write and, unless the log is for the death of the process alone,
       one fdatasync. Only then do they count.
     - After an error of the disk the log takes no more; what it had counted before stays valid.
-    - Memory: 14 bytes a row. Rows are below 2^32, samples below 2^16.
+    - Memory: what waits for a flush. Where each line stands is read from the file when it is asked for (see `index`).
 
     Not for several threads at once.
     """
@@ -54,11 +45,11 @@ class RowLog:
             disk.sync_directory(path.parent)
 
     @classmethod
-    def recover(cls, path: Path, see: Callable[[bytes], tuple[int, int]], *, power: bool = True) -> "RowLog":
+    def recover(cls, path: Path, see: Callable[[bytes], object], *, power: bool = True) -> "RowLog":
         """Opens the log of an earlier attempt, or makes it where that had not come so far.
 
-        `see` is shown each whole line as `add` once got it, and says row and sample. The file is cut behind the last
-        line before the first bad one. Doing this again, also after dying within it, gives the same.
+        `see` is shown each whole line as `add` once got it. The file is cut behind the last line before the first bad
+        one. Doing this again, also after dying within it, gives the same.
         """
         if not path.exists():
             return cls(path, power=power)
@@ -77,41 +68,21 @@ class RowLog:
         """Of rows that have been added and are not yet flushed."""
         self.num_cut_bytes = 0
         """Of an incomplete end that `recover` has cut off."""
-        self._rows = array("I")
-        self._samples = array("H")
-        self._ends = array("q")
-        """Where each line ends in the file; it begins where the one before it ends."""
-        self._waiting: list[RowLine] = []
+        self.num_flushed = 0
+        """Lines that are acknowledged: in the file, and as durable as the log makes them."""
+        self._waiting: list[bytes] = []
         """With their checksums."""
         self._size = 0
         self._power = power
         self._failed = False
         self._file: int | None = file
 
-    @property
-    def num_flushed(self) -> int:
-        """Rows that are acknowledged: in the file, and as durable as the log makes them."""
-        return len(self._ends)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """uint32 [rows]: of the acknowledged rows, in the order in which they came.
-
-        A view: while it is alive, no row can be added.
-        """
-        return np.asarray(self._rows)
-
-    @property
-    def num_rows(self) -> int:
-        """Different ones."""
-        return len(np.unique(self.rows))
-
-    def add(self, lines: Sequence[RowLine]) -> None:
+    def add(self, lines: Sequence[bytes]) -> None:
+        """JSON objects as they will stand in the final file, without their line breaks."""
         self._open_file()
-        for line in lines:
-            sealed = sealed_line(line.line)
-            self._waiting.append(RowLine(line.row, line.sample, sealed))
-            self.num_bytes += len(sealed)
+        sealed = [sealed_line(line) for line in lines]
+        self._waiting += sealed
+        self.num_bytes += sum(map(len, sealed))
 
     def flush(self) -> None:
         """Makes what was added durable and counts it."""
@@ -121,7 +92,7 @@ class RowLog:
         self._failed = True  # until all of it is done
         try:
             with disk.naming(self.path):
-                disk.append(file, b"".join(line.line for line in self._waiting))
+                disk.append(file, b"".join(self._waiting))
                 if self._power:
                     disk.sync_data(file)
         except BaseException:
@@ -134,25 +105,20 @@ class RowLog:
         self._waiting = []
         self.num_bytes = 0
 
-    def order(self) -> np.ndarray:
-        """The lines' indices sorted by (row, sample); RowLogError where one of these stands twice."""
-        rows, samples = self.rows, np.asarray(self._samples)
-        order = np.lexsort((samples, rows)) if samples.any() else np.argsort(rows, kind="stable")
-        for first in range(0, len(order), ORDER_CHUNK):
-            chunk = order[first : first + ORDER_CHUNK + 1]
-            again = (np.diff(rows[chunk]) == 0) & (np.diff(samples[chunk]) == 0)
-            if again.any():
-                twice = chunk[int(again.argmax())]
-                raise RowLogError(f"{self.path}: row {rows[twice]}, sample {samples[twice]} was written twice")
-        return order
+    def index(self) -> LineIndex:
+        """Of the acknowledged lines, read through for it; RowLogError where a (row, sample) stands twice.
 
-    def read(self, order: np.ndarray) -> Iterator[bytes]:
-        """The acknowledged lines in this order, as they were added, line breaks included."""
+        Some microseconds a line, so whoever needs it once more keeps it only as long as that takes.
+        """
+        return LineIndex(self.path, np.fromiter(self._entries(), ENTRY, self.num_flushed))
+
+    def read(self, index: LineIndex) -> Iterator[bytes]:
+        """The acknowledged lines by row and sample, as they were added, line breaks included."""
         file = self._open_file()
-        for first in range(0, len(order), ORDER_CHUNK):
-            for index in order[first : first + ORDER_CHUNK].tolist():
-                begin = self._ends[index - 1] if index else 0
-                yield self._unsealed(_read_all(file, begin, self._ends[index] - begin), index) + b"\n"
+        for first in range(0, len(index.order), CHUNK):
+            for place in index.order[first : first + CHUNK].tolist():
+                begin, end = index.bounds(place)
+                yield self._unsealed(_read_all(file, begin, end - begin), place) + b"\n"
 
     def close(self) -> None:
         """Gives the file back; what was not flushed is not there. A second call does nothing."""
@@ -167,33 +133,42 @@ class RowLog:
             raise OSError(f"{self.path}: an earlier write failed, so nothing more is written")
         return self._file
 
-    def _count(self, sealed: Sequence[RowLine]) -> None:
-        for line in sealed:
-            self._size += len(line.line)
-            self._rows.append(line.row)
-            self._samples.append(line.sample)
-            self._ends.append(self._size)
+    def _count(self, sealed: Sequence[bytes]) -> None:
+        self._size += sum(map(len, sealed))
+        self.num_flushed += len(sealed)
 
-    def _unsealed(self, sealed: bytes, index: int) -> bytes:
+    def _entries(self) -> Iterator[tuple[int, int, int]]:
+        """(row, sample, end) of each acknowledged line, as ENTRY has them."""
+        file, end = self._open_file(), 0
+        if (in_file := os.fstat(file).st_size) < self._size:
+            raise _shortened(in_file)
+        decode = msgspec.json.Decoder(_Key).decode
+        for place, sealed in enumerate(_lines(file, self._size)):
+            end += len(sealed)
+            key = decode(self._unsealed(sealed, place))
+            yield key.row, key.sample, end
+
+    def _unsealed(self, sealed: bytes, place: int) -> bytes:
         line = unsealed_line(sealed)
         if line is None:
-            raise RowLogError(f"{self.path}: line {index + 1} has changed on the disk")
+            raise RowLogError(f"{self.path}: line {place + 1} has changed on the disk")
         return line
 
-    def _read_back(self, see: Callable[[bytes], tuple[int, int]]) -> None:
+    def _read_back(self, see: Callable[[bytes], object]) -> None:
         file = self._open_file()
-        for sealed in _lines(file):
+        in_file = os.fstat(file).st_size
+        for sealed in _lines(file, in_file):
             line = unsealed_line(sealed)
             if line is None:
                 break
-            self._count([RowLine(*see(line), sealed)])
-        self.num_cut_bytes = os.fstat(file).st_size - self._size
+            see(line)
+            self._count([sealed])
+        self.num_cut_bytes = in_file - self._size
         if self.num_cut_bytes:
             disk.truncate(file, self._size)
         if self._power:
             disk.sync(file)  # also what a killed attempt wrote and had no time to sync: it counts from here on
             disk.sync_directory(self.path.parent)
-        self.order()  # raises where a row stands twice
 
 
 def sealed_line(line: bytes) -> bytes:
@@ -208,10 +183,10 @@ def unsealed_line(sealed: bytes) -> bytes | None:
     return body + b"}" if body and sealed[-_SEAL_BYTES:] == _SEAL % crc32(body) else None
 
 
-def _lines(file: int) -> Iterator[bytes]:
-    """The file's lines from its start, line breaks included; an incomplete last line comes without one."""
+def _lines(file: int, size: int) -> Iterator[bytes]:
+    """The lines of the file's first `size` bytes, line breaks included; an incomplete last line comes without one."""
     rest, at = b"", 0
-    while data := os.pread(file, _READ_BYTES, at):
+    while data := os.pread(file, min(_READ_BYTES, size - at), at):
         at += len(data)
         *lines, rest = (rest + data).split(b"\n")
         yield from (line + b"\n" for line in lines)
@@ -224,6 +199,10 @@ def _read_all(file: int, begin: int, size: int) -> bytes:
     while len(data) < size:
         more = os.pread(file, size - len(data), begin + len(data))
         if not more:
-            raise OSError(f"the file of finished rows ends at byte {begin + len(data)}; somebody has shortened it")
+            raise _shortened(begin + len(data))
         data += more
     return data
+
+
+def _shortened(at: int) -> OSError:
+    return OSError(f"the file of finished rows ends at byte {at}; somebody has shortened it")

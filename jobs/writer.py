@@ -12,7 +12,7 @@ import msgspec
 from jobs import batch_output, disk
 from jobs.batch_output import BatchForm
 from jobs.parquet_output import Kind, count_parquet_rows, kind_of, parquet_schema, write_parquet
-from jobs.row_log import RowLine, RowLog
+from jobs.row_log import RowLog
 from jobs.rows import BadRow
 
 FORMATS = ("jsonl", "parquet", batch_output.FORMAT)
@@ -122,8 +122,8 @@ class GenerationWriter(_Writer):
 
     While the job runs, acknowledged rows can be read in `generations.partial.jsonl`: JSONL in the order of completion,
     each line as it will stand in generations.jsonl but for its checksum (see RowLog). `encode` makes a row's line, in
-    the step loop. `finish`, when the journal is closed, writes the final file from the partial one. Memory: 14 bytes
-    for each row, and one group of rows. JSON has no NaN: one in a kept column becomes null.
+    the step loop. `finish`, when the journal is closed, writes the final file from the partial one. Memory: one group
+    of rows, and a LineIndex while `finish` is at it. JSON has no NaN: one in a kept column becomes null.
 
     In Parquet, a kept column is a string, bool, int64 or float64 column when all of its values (nulls aside) are of
     that kind; integers among floats become floats if none of them changes. Any other column is a string column of JSON
@@ -157,7 +157,7 @@ class GenerationWriter(_Writer):
         self._column_kinds = dict.fromkeys(self._keep, Kind.NONE)
         self.log = open_log(run_dir / PARTIAL_NAME, self._see, power=power, resumed=resumed)
 
-    def encode(self, generation: Generation) -> RowLine:
+    def encode(self, generation: Generation) -> bytes:
         """The line of one finished sample. Each (row, sample) must come once."""
         if generation.finish_reason not in FINISH_REASONS:
             raise ValueError(
@@ -168,9 +168,9 @@ class GenerationWriter(_Writer):
         url = {} if self._batch is None else {"url": generation.url}
         line = self._encode(_record(generation, columns) | url)
         self._note_kinds(generation.id, columns)
-        return RowLine(generation.row, generation.sample, line)
+        return line
 
-    def add(self, lines: Sequence[RowLine]) -> None:
+    def add(self, lines: Sequence[bytes]) -> None:
         self.log.add(lines)
 
     def flush(self) -> None:
@@ -182,21 +182,21 @@ class GenerationWriter(_Writer):
 
         It appears whole, under its name, on the disk and with its count verified, when this returns.
         """
-        order = self.log.order()
-        lines = self.log.read(order)
+        index = self.log.index()
+        lines = self.log.read(index)
         if self._batch is not None:
-            num_rows, write = self.log.num_rows, self._batch.write_answers
-            return _replace(self._final, num_rows, lambda file: write(file, lines), _count_lines)
+            write = self._batch.write_answers
+            return _replace(self._final, index.num_rows, lambda file: write(file, lines), _count_lines)
+        num_lines = self.num_flushed
         if self._format == "jsonl":
-            return _replace(self._final, len(order), lambda file: file.writelines(lines), _count_lines)
+            return _replace(self._final, num_lines, lambda file: file.writelines(lines), _count_lines)
         schema = parquet_schema(self._id_kind, self._column_kinds)
-        return _replace(self._final, len(order), lambda file: write_parquet(file, lines, schema), count_parquet_rows)
+        return _replace(self._final, num_lines, lambda file: write_parquet(file, lines, schema), count_parquet_rows)
 
-    def _see(self, line: bytes) -> tuple[int, int]:
+    def _see(self, line: bytes) -> None:
         """Takes over a line of an earlier attempt."""
         record = msgspec.json.decode(line)
         self._note_kinds(record["id"], {name: record[name] for name in self._keep})
-        return record["row"], record["sample"]
 
     def _note_kinds(self, id: str | int, columns: Mapping[str, object]) -> None:
         self._id_kind |= kind_of(id)
@@ -208,7 +208,7 @@ class FailureWriter(_Writer):
     """failures.jsonl of one run, in row order.
 
     While the job runs, acknowledged failures can be read in `failures.partial.jsonl`, in the order in which they
-    happened; everything else is as with GenerationWriter. Memory: 14 bytes for each failure.
+    happened; everything else is as with GenerationWriter.
     """
 
     def __init__(self, run_dir: Path, *, power: bool = True, resumed: bool = False) -> None:
@@ -219,7 +219,7 @@ class FailureWriter(_Writer):
         self._added: list[str] = []
         self.log = open_log(run_dir / PARTIAL_FAILURES_NAME, self._see, power=power, resumed=resumed)
 
-    def encode(self, failure: BadRow) -> tuple[str, RowLine]:
+    def encode(self, failure: BadRow) -> tuple[str, bytes]:
         """The code and the line of one failure."""
         record = {
             "file": failure.file,
@@ -229,9 +229,9 @@ class FailureWriter(_Writer):
             "code": failure.code,
             "reason": failure.reason.encode("utf-8", "backslashreplace").decode("utf-8"),
         }
-        return str(failure.code), RowLine(failure.row, 0, self._encode(record))
+        return str(failure.code), self._encode(record)
 
-    def add(self, failures: Sequence[tuple[str, RowLine]]) -> None:
+    def add(self, failures: Sequence[tuple[str, bytes]]) -> None:
         self._added += [code for code, _ in failures]
         self.log.add([line for _, line in failures])
 
@@ -242,26 +242,23 @@ class FailureWriter(_Writer):
 
     def finish(self) -> OutputFile:
         """Writes failures.jsonl as GenerationWriter.finish does its file."""
-        order = self.log.order()
-        return _replace(self._final, len(order), lambda file: file.writelines(self.log.read(order)), _count_lines)
+        lines = self.log.read(self.log.index())
+        return _replace(self._final, self.num_flushed, lambda file: file.writelines(lines), _count_lines)
 
     def finish_batch(self, batch: BatchForm) -> OutputFile:
         """Writes the error file of OpenAI's Batch form beside it."""
-        order = self.log.order()
+        lines = self.log.read(self.log.index())
         errors = self._final.with_name(batch_output.ERRORS_NAME)
-        write = batch.write_errors
-        return _replace(errors, len(order), lambda file: write(file, self.log.read(order)), _count_lines)
+        return _replace(errors, self.num_flushed, lambda file: batch.write_errors(file, lines), _count_lines)
 
-    def _see(self, line: bytes) -> tuple[int, int]:
-        record = msgspec.json.decode(line)
-        self.codes[record["code"]] += 1
-        return record["row"], 0
+    def _see(self, line: bytes) -> None:
+        self.codes[msgspec.json.decode(line)["code"]] += 1
 
 
 # Files
 
 
-def open_log(path: Path, see: Callable[[bytes], tuple[int, int]], *, power: bool, resumed: bool) -> RowLog:
+def open_log(path: Path, see: Callable[[bytes], object], *, power: bool, resumed: bool) -> RowLog:
     return RowLog.recover(path, see, power=power) if resumed else RowLog(path, power=power)
 
 

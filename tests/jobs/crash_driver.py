@@ -117,8 +117,9 @@ def _tell(write_end: int, name: str, writer: Any) -> None:
         lines = list(self.log._waiting)
         flush(self)
         for line in lines:
-            text = (unsealed_line(line.line) or b"").decode() + "\n"
-            os.write(write_end, json.dumps({"log": name, "row": line.row, "line": text}).encode() + b"\n")
+            text = (unsealed_line(line) or b"").decode()
+            told = {"log": name, "row": json.loads(text)["row"], "line": text + "\n"}
+            os.write(write_end, json.dumps(told).encode() + b"\n")
 
     writer.flush = flush_and_tell
 
@@ -342,7 +343,8 @@ def _trace_acks(trace: list[Any], name: str, writer: Any) -> None:
     def flush_and_note(self: Any) -> None:
         lines = list(self.log._waiting)
         flush(self)
-        trace.extend(Ack(name, line.row, (unsealed_line(line.line) or b"") + b"\n") for line in lines)
+        texts = [unsealed_line(line) or b"" for line in lines]
+        trace.extend(Ack(name, json.loads(text)["row"], text + b"\n") for text in texts)
 
     writer.flush = flush_and_note
 

@@ -7,6 +7,7 @@ from typing import Any
 import jobs.launch
 from jobs import disk, row_log
 from jobs.journal import Journal
+from jobs.line_index import LineIndex
 from jobs.results import Results
 from jobs.row_log import RowLog
 from jobs.rows import BadRow, InputRow
@@ -89,10 +90,11 @@ def done_rows_not_skipped() -> None:
 def last_row_forgotten() -> None:
     """The final file lacks a row, and nobody counts."""
 
-    def without_last(self: RowLog) -> Any:
-        return order(self)[:-1]
+    def without_last(self: RowLog, index: LineIndex) -> Iterator[bytes]:
+        index.order = index.order[:-1]
+        return read(self, index)
 
-    order, RowLog.order = RowLog.order, without_last
+    read, RowLog.read = RowLog.read, without_last
 
 
 def numbers_begin_anew() -> None:

@@ -96,6 +96,15 @@ def test_repeated_ids_are_information_and_equal_text_and_number_are_two_ids(cwd:
     assert lines_of(capsys.readouterr().out)["ids"].startswith("2 rows repeat an earlier row's id; that is legal")
 
 
+def test_a_kept_column_that_no_row_has_is_seen_before_the_run(cwd: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"prompt": "x", "note": note} for note in (1, None, "a")] + [{"prompt": ""}]
+    path = write_rows(cwd.parent / "rows.jsonl", rows)
+    assert launch(COMMAND, ["dry_run=true", f"input={path}", "writer.keep=[note,nota]"]) == 3
+    assert (
+        lines_of(capsys.readouterr().out)["kept"] == "note in 2 of the rows, nota in 0 of the rows; null in the others"
+    )
+
+
 def test_the_time_is_told_from_a_complete_run_of_the_model(cwd: Path, capsys: pytest.CaptureFixture[str]):
     path = write_rows(cwd.parent / "rows.jsonl", bundled_rows(4))
     words = [f"input={path}", "sampling.max_tokens=8", "sampling.ignore_eos=true"]

@@ -214,6 +214,7 @@ def test_a_reader_of_stdout_that_has_gone_away_does_not_make_the_run_fail(
 def mixed_rows() -> list[dict[str, object]]:
     """Every form of a prompt, ids of every kind, and sampling of all kinds."""
     chat = [{"role": "user", "content": "What is 17 + 25?"}]
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": "What is 17 + 25?"}]}]
     return [
         {"id": "a", "prompt": "Count from 1", "note": "x"},
         {"id": "a", "messages": chat, "note": None},
@@ -224,6 +225,7 @@ def mixed_rows() -> list[dict[str, object]]:
         {"id": "hot", "prompt": "Once", "sampling": {"temperature": 5.0, "max_tokens": 40, "ignore_eos": True}},
         {"id": "stop", "prompt_token_ids": [5, 6], "sampling": {"stop": ["e", "a", "i", "1", " "], "temperature": 3.0}},
         {"id": "", "messages": chat, "sampling": {"max_tokens": 1}, "note": "é日本🙂"},
+        {"id": "parts", "messages": in_parts},
     ]
 
 
@@ -237,10 +239,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_answers_come_in_input_order_with_the_ids_as_they_were_given(mixed: Finished):
     assert mixed.code == 0
     rows = mixed.generations
-    assert [list(row) for row in rows] == [[*COLUMNS, "note"]] * 9
-    assert [row["row"] for row in rows] == list(range(9))
-    assert [row["id"] for row in rows] == ["a", "a", 7, 3, "batch-1", "batch-2", "hot", "stop", ""]
-    assert [row["note"] for row in rows] == ["x", None, 1.5, None, None, None, None, None, "é日本🙂"]
+    assert [list(row) for row in rows] == [[*COLUMNS, "note"]] * 10
+    assert [row["row"] for row in rows] == list(range(10))
+    assert [row["id"] for row in rows] == ["a", "a", 7, 3, "batch-1", "batch-2", "hot", "stop", "", "parts"]
+    assert [row["note"] for row in rows] == ["x", None, 1.5, None, None, None, None, None, "é日本🙂", None]
     assert {row["sample"] for row in rows} == {0}
     assert {row["logprobs"] for row in rows} == {None}
 
@@ -253,8 +255,8 @@ def test_every_form_of_a_prompt_becomes_the_tokens_that_it_stands_for(mixed: Fin
     chat = tokenizer.apply_chat_template(
         mixed_rows()[1]["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    assert {rows[i]["num_prompt_tokens"] for i in (1, 4, 8)} == {len(chat)}
-    assert rows[1]["text"] == rows[4]["text"], "a Batch line's messages are messages"
+    assert {rows[i]["num_prompt_tokens"] for i in (1, 4, 8, 9)} == {len(chat)}
+    assert rows[1]["text"] == rows[4]["text"] == rows[9]["text"], "so are a Batch line's, and parts are their text"
 
 
 def test_counts_and_finish_reasons_agree_with_the_tokens(mixed: Finished):
@@ -293,6 +295,14 @@ def test_parquet_output_holds_what_jsonl_output_holds(mixed: Finished, tmp_path:
     assert table == expected, "ids and kept columns of several kinds become texts, all else is the same"
     assert not list(run.directory.glob("*.jsonl.*"))
     assert not (run.directory / "generations.jsonl").exists()
+
+
+def test_a_kept_column_that_no_first_row_has_is_warned_of_and_null(tmp_path: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Count from 1", "note": 1}])
+    run = generate(tmp_path / "run", f"input={rows}", "writer.keep=[note,nota]", "sampling.max_tokens=2")
+    assert [(row["note"], row["nota"]) for row in run.generations] == [(1, None)]
+    warnings = [line for line in run.log.splitlines() if "[WARNING]" in line]
+    assert [("writer.keep=nota" in line, "writer.keep=note" in line) for line in warnings] == [(True, False)]
 
 
 def as_text(value: object) -> str | None:

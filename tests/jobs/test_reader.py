@@ -7,8 +7,9 @@ import pytest
 
 from jobs import reader
 from jobs.json_line import MAX_LINE_BYTES
+from jobs.other_formats import NUM_FIRST_LINES
 from jobs.reader import InputFile, RowReader
-from jobs.rows import BadRow
+from jobs.rows import BadRow, InputRow
 from tests.jobs.inputs import LINE, digest, prompts, read, write, write_parquet
 
 
@@ -147,3 +148,15 @@ def test_counting_gives_up_where_it_would_take_long(tmp_path: Path, monkeypatch:
     path = write(tmp_path / "in.jsonl", LINE * 3)
     monkeypatch.setattr(reader, "MAX_COUNTED_BYTES", 10)
     assert RowReader(path).count() is None
+
+
+def test_kept_columns_that_no_first_row_has_are_told(tmp_path: Path) -> None:
+    late = write(tmp_path / "late.jsonl", LINE * NUM_FIRST_LINES, b'{"prompt":"x","label":1}\n')
+    keep = ["lable", "prompt", "label"]
+    assert RowReader(late, keep=keep).absent_columns() == ("lable", "label"), "as far as the first rows tell"
+    rows = [row for row in read(late, keep=keep) if isinstance(row, InputRow)]
+    assert [row.columns["label"] for row in rows] == [None] * NUM_FIRST_LINES + [1]
+    early = write(tmp_path / "early.jsonl", b"no row\n", b'{"prompt":"x","label":null}\n{"prompt":"x","label":0}\n')
+    assert RowReader(str(tmp_path / "*.jsonl"), keep=keep).absent_columns() == ("lable",)
+    assert RowReader(early, keep=["label"]).absent_columns() == ()
+    assert RowReader("-", keep=keep, stdin=io.BytesIO(b"")).absent_columns() == ()

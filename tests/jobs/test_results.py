@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.line_index import RowLogError
 from jobs.results import Results, ResultsError
-from jobs.row_log import RowLogError
 from jobs.rows import InputRow
 from tests.jobs.test_writer import failure, generation, write
 

@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.row_log import RowLine, RowLog, RowLogError, sealed_line, unsealed_line
+from jobs.line_index import RowLogError
+from jobs.row_log import RowLog, sealed_line, unsealed_line
 
 
-def see(line: bytes) -> tuple[int, int]:
-    record = json.loads(line)
-    return record["row"], record.get("sample", 0)
-
-
-def row_line(row: int, sample: int = 0) -> RowLine:
-    return RowLine(row, sample, json.dumps({"row": row, "sample": sample, "text": "ü" * (row % 5)}).encode())
+def row_line(row: int, sample: int = 0) -> bytes:
+    return json.dumps({"row": row, "sample": sample, "text": "ü" * (row % 5)}).encode()
 
 
 def written(path: Path, *rows: int) -> bytes:
@@ -27,9 +23,13 @@ def written(path: Path, *rows: int) -> bytes:
 
 
 def recovered(path: Path) -> list[int]:
-    log = RowLog.recover(path, see)
-    rows = log.rows.tolist()
-    assert [json.loads(line)["row"] for line in log.read(log.order())] == sorted(rows)
+    """Its rows as they stand there."""
+    seen: list[bytes] = []
+    log = RowLog.recover(path, seen.append)
+    index = log.index()
+    rows = index.rows.tolist()
+    assert [json.loads(line)["row"] for line in seen] == rows
+    assert [json.loads(line)["row"] for line in log.read(index)] == sorted(rows)
     log.close()
     return rows
 
@@ -57,7 +57,7 @@ def test_rows_count_when_they_are_flushed(tmp_path: Path):
     log.add([row_line(4), row_line(2)])
     assert (log.num_flushed, (tmp_path / "log").read_bytes()) == (0, b"")
     log.flush()
-    assert (log.num_flushed, log.rows.tolist()) == (2, [4, 2])
+    assert (log.num_flushed, log.index().rows.tolist()) == (2, [4, 2])
     log.close()
 
 
@@ -105,7 +105,7 @@ def test_recovery_cuts_a_torn_end_at_every_byte_and_goes_on_there(tmp_path: Path
             assert recovered(path) == [5, 0, 7][:whole]
             assert path.read_bytes() == data[: ends[whole]]
             assert recovered(path) == [5, 0, 7][:whole], "a second recovery finds the same"
-    log = RowLog.recover(path, see)
+    log = RowLog.recover(path, len)
     log.add([row_line(1)])
     log.flush()
     log.close()
@@ -117,18 +117,18 @@ def test_what_comes_behind_a_bad_line_is_cut_off_too(tmp_path: Path):
     data = written(path, 1, 2, 3)
     second = data.index(b"\n") + 5
     path.write_bytes(data[:second] + b"\0" + data[second + 1 :])
-    log = RowLog.recover(path, see)
-    assert log.rows.tolist() == [1]
+    log = RowLog.recover(path, len)
+    assert log.index().rows.tolist() == [1]
     assert log.num_cut_bytes == len(data) - data.index(b"\n") - 1
     log.close()
 
 
 def test_a_row_that_stands_twice_is_refused(tmp_path: Path):
     path = tmp_path / "log"
-    path.write_bytes(written(path, 1, 2) + sealed_line(row_line(1).line))
+    path.write_bytes(written(path, 1, 2) + sealed_line(row_line(1)))
     with pytest.raises(RowLogError, match="row 1, sample 0 was written twice"):
-        RowLog.recover(path, see)
-    path.write_bytes(b"".join(sealed_line(row_line(1, sample).line) for sample in range(3)))
+        recovered(path)
+    path.write_bytes(b"".join(sealed_line(row_line(1, sample)) for sample in range(3)))
     assert recovered(path) == [1, 1, 1], "several samples of a row are several keys"
 
 
@@ -137,9 +137,15 @@ def test_a_line_that_changes_on_the_disk_is_noticed_when_it_is_read(tmp_path: Pa
     log = RowLog(path)
     log.add([row_line(1)])
     log.flush()
-    path.write_bytes(path.read_bytes().replace(b'"text"', b'"texx"'))
-    with pytest.raises(RowLogError, match="line 1 has changed on the disk"):
-        list(log.read(log.order()))
+    index, whole = log.index(), path.read_bytes()
+    path.write_bytes(whole.replace(b'"text"', b'"texx"'))
+    for read in (lambda: log.index(), lambda: list(log.read(index))):
+        with pytest.raises(RowLogError, match="line 1 has changed on the disk"):
+            read()
+    os.truncate(path, 0)
+    for read in (lambda: log.index(), lambda: list(log.read(index))):
+        with pytest.raises(OSError, match="ends at byte 0; somebody has shortened it"):
+            read()
     log.close()
 
 

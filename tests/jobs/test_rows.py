@@ -123,12 +123,35 @@ def test_custom_id_and_body_alone_are_plain_columns() -> None:
     assert good({"prompt": "hi", "custom_id": "x"}).id == 3
 
 
+def test_a_content_in_parts_is_their_texts_line_by_line() -> None:
+    """Nulls, which records of Parquet have for every key of any other part, count as absent."""
+    given = [
+        {"type": "text", "text": "a\n"},
+        {"type": "text", "text": "", "image_url": None},
+        {"text": "b", "type": "text"},
+    ]
+    for role in ("system", "user", "assistant", "tool"):
+        row = good({"messages": [{"role": role, "content": given}, {"role": "user", "content": given[:1]}]})
+        assert row.messages == [{"role": role, "content": "a\n\n\nb"}, {"role": "user", "content": "a\n"}]
+    body = {"messages": [{"role": "user", "content": given}]}
+    assert good({"custom_id": "c", "body": body}).messages == [{"role": "user", "content": "a\n\n\nb"}]
+    going_on = {"messages": [{"role": "assistant", "content": given}], "continue_final_message": True}
+    assert good(going_on).messages == [{"role": "assistant", "content": "a\n\n\nb"}]
+
+
 def test_kept_columns_come_in_the_order_of_keep() -> None:
     row = good({"a": [1, {"b": 2.5}], "prompt": "hi", "z": 1}, keep=["z", "missing", "a", "prompt"])
     assert list(row.columns.items()) == [("z", 1), ("missing", None), ("a", [1, {"b": 2.5}]), ("prompt", "hi")]
 
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT_PART = {"type": "text", "text": "hi"}
+
+
+def parts(*content: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": list(content)}]}
+
+
 COMPLETION = {"prompt": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 NAN_LIKE = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000)
@@ -184,7 +207,19 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
         'messages[1].role is "robot"',
     ),
     ({"messages": [{"role": ["user"], "content": "hi"}]}, "bad_messages", "must be one of system, user"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "bad_messages", "content is a list"),
+    ({"messages": [{"role": "user", "content": {}}]}, "bad_messages", "messages[0].content is an object"),
+    ({"messages": [{"role": "user", "content": []}]}, "bad_messages", "content is an empty list"),
+    (parts("hi"), "bad_messages", "messages[0].content[0] is the string"),
+    (parts({"text": "hi"}), "bad_messages", "content[0].type is null; only text is supported"),
+    (
+        parts(TEXT_PART, {"type": "image_url", "image_url": {"url": "x"}}),
+        "bad_messages",
+        '[1].type is "image_url"; only',
+    ),
+    (parts({"type": ["text"], "text": "hi"}), "bad_messages", "content[0].type is"),
+    (parts({"type": "text"}), "bad_messages", "content[0].text is null, must be a string"),
+    (parts({"type": "text", "text": 1}), "bad_messages", "content[0].text is the number 1"),
+    (parts({**TEXT_PART, "weight": 1}), "bad_messages", 'content[0] has key "weight"; a part is'),
     ({"messages": [{"role": "user", "content": "hi", "weight": 1}]}, "bad_messages", 'key "weight"; supported are'),
     ({"messages": [{"role": "user", "content": "hi", "name": 1}]}, "bad_messages", "name is the number 1"),
     ({"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, "bad_messages", "only an assistant calls"),
@@ -207,6 +242,7 @@ BAD_ROWS: list[tuple[bytes | str | dict, str, str]] = [
     ({"custom_id": "c", "body": COMPLETION | {"chat_template_kwargs": {}}}, "options_need_messages", "messages"),
     ({"prompt": "x" * (MAX_TEXT_CHARS + 1)}, "field_too_long", "prompt has 1,048,577 characters; at most 1,048,576"),
     ({"messages": [{"role": "user", "content": "x" * (MAX_TEXT_CHARS + 1)}]}, "field_too_long", "messages[0].content"),
+    (parts(*[{"type": "text", "text": "x" * (MAX_TEXT_CHARS // 2)}] * 2), "field_too_long", "messages[0].content"),
     ({"prompt_token_ids": [1] * (MAX_PROMPT_TOKENS + 1)}, "field_too_long", "prompt_token_ids has 1,048,577 entries"),
     ({"prompt": "hi", "id": "x" * (MAX_ID_CHARS + 1)}, "field_too_long", "id has 4,097 characters"),
     ({"custom_id": "x" * (MAX_ID_CHARS + 1), "body": COMPLETION}, "field_too_long", "custom_id has 4,097"),
