@@ -41,6 +41,8 @@ KEYWORDS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "wei
 ALLOWED = {
     # A tool that trains the embedded model: a forked pool whose jobs and results are this file's own numbers.
     ("jobs/tiny_rows.py", "import multiprocessing"),
+    # ${model_name:CHOICE,PATH} in the patterns of run directories: two texts in, one text out.
+    ("jobs/compose.py", "OmegaConf.register_new_resolver()"),
 }
 
 
