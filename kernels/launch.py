@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends, and waits only where it needs its data.
 
-A kernel that takes part calls `overlap_next` first, so that the next one may start, and `wait_for_previous` before it
-reads or writes anything that an earlier kernel of the step touches. What stands before that call must read only what
-was there when the step began: weights, work lists, block tables. CUDA programming guide, section of that name.
+A kernel that takes part calls `overlap_next` first (decode attention last), so that the next one may start, and
+`wait_for_previous` before it reads or writes anything that an earlier kernel of the step touches. What stands before
+that call must read only what was there when the step began: weights, work lists, block tables. CUDA programming guide,
+section of that name.
 """
 
 import functools
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 
 FEW_ROWS = 16
-"""Up to here the matrix products are kernels of ours, and every kernel takes part. Beyond, they are cuBLAS's, which do
-not, and a kernel between two of them loses by taking part (NOTES.md)."""
+"""Up to here the matrix products are kernels of ours, and every kernel takes part. Beyond, they may be cuBLAS's, which
+do not, and a kernel between two of them loses by taking part (NOTES.md); who stands between two of ours says so."""
 
 
 _beside: ContextVar[bool] = ContextVar("beside", default=False)

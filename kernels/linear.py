@@ -15,7 +15,7 @@ from kernels.launch import FEW_ROWS, dependent_launch, overlap_next, runs_beside
 from kernels.tiled_linear import tiled_linear, tiles_suit
 
 MAX_COLUMNS = 16384
-"""Beyond this, and beyond FEW_ROWS rows, cuBLAS is as fast or faster; measured in NOTES.md."""
+"""Beyond this, cuBLAS is as fast or faster for few rows; measured in NOTES.md."""
 _CHUNK = 1024
 _MAX_DEPTH = 4 * _CHUNK
 

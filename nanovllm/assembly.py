@@ -22,7 +22,7 @@ from nanovllm.models.model_config import Qwen3Config, default_sampling, eos_toke
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.source import ModelSource, resolve_model
 from nanovllm.models.weights import load_dummy, load_weights
-from nanovllm.runner.graph_sizes import MAX_HALVES_LAYER_BYTES, GraphSizes, graph_sizes
+from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
 from nanovllm.runner.kv_cache import allocate, block_bytes, choose_num_blocks
 from nanovllm.runner.model_runner import ModelRunner, row_multiple
 from nanovllm.runner.profiling import available_kv_bytes
@@ -208,16 +208,25 @@ def _choose_graph_sizes(
         return None
     engine = config.engine
     with_prefills = choice.attention == "triton"  # whose grids do not depend on the rows
-    ours = choice.kernels == choice.attention == "triton"
-    with_halves = ours and dtype != torch.float32 and c.head_dim <= 128 and _layer_bytes(c) <= MAX_HALVES_LAYER_BYTES
+    with_halves = choice.kernels == choice.attention == "triton" and _suits_halves(c, dtype, device)
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
     return graph_sizes(*limits, with_prefills=with_prefills, with_halves=with_halves)
 
 
-def _layer_bytes(c: Qwen3Config) -> int:
-    """Of a layer's matrices, in a dtype of 16 bits."""
-    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    return 2 * c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+def _suits_halves(c: Qwen3Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether half a step's attention and another half's products fit on one multiprocessor, all of them ours."""
+    from kernels.tiled_linear import weight_suits
+
+    heads, intermediate = c.num_attention_heads * c.head_dim, c.intermediate_size
+    qkv = heads + 2 * c.num_key_value_heads * c.head_dim
+    weights = (
+        (qkv, c.hidden_size),
+        (c.hidden_size, heads),
+        (2 * intermediate, c.hidden_size),
+        (c.hidden_size, intermediate),
+    )
+    is_measured = torch.cuda.get_device_capability(device) >= (9, 0)  # older ones have less shared memory
+    return is_measured and c.head_dim <= 128 and all(weight_suits(*shape, dtype) for shape in weights)
 
 
 def _make_runner(

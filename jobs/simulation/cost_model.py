@@ -40,7 +40,7 @@ class CostModel:
 
     @property
     def whole_ms(self) -> float:
-        """What a decode step takes longer for not being in halves, where the runner could."""
+        """What a step takes longer for not being in halves."""
         return self.forward.coefficients.item(FEATURES.index(WHOLE))
 
     def forward_ms(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> np.ndarray:

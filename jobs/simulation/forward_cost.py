@@ -94,7 +94,7 @@ class ForwardFeatures:
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
         return (
             1.0,
-            padding.has_halves & ~padding.in_halves(sizes, shared.saved),
+            ~padding.in_halves(sizes, shared.saved),
             sizes.num_decodes < sizes.num_rows,
             tokens > FEW_TOKENS,
             np.minimum(tokens, FEW_TOKENS),

@@ -84,7 +84,7 @@ class Predictor:
         mine = self.run
         steps_s = self.calibration * outcome.seconds + self.costs.model.warm_up_ms / 1e3
         recorded, predicted = mine.graph_sizes(mine.settings), run.graph_sizes(outcome.settings)
-        num_graphs = len(predicted.decodes) / len(recorded.decodes) if recorded and predicted else 1.0
+        num_graphs = predicted.most_decode_graphs / recorded.most_decode_graphs if recorded and predicted else 1.0
         outside_s = mine.seconds_of(*PHASES_OUTSIDE) + (num_graphs - 1.0) * mine.seconds_of("capture")
         return Prediction(
             outcome=outcome,

@@ -92,11 +92,6 @@ class Padding:
             halves_from=np.array([graphs.halves_from(rows) if graphs else NEVER for rows in range(seqs + 1)]),
         )
 
-    @property
-    def has_halves(self) -> bool:
-        """Whether there are steps that run in halves."""
-        return self.graphs is not None and bool(self.graphs.in_halves)
-
     def in_halves(self, sizes: StepSizes, saved: Any) -> np.ndarray:
         """Whether steps run in halves; `saved` are the tokens that shared prefixes save each of them."""
         decodes = sizes.num_decodes == sizes.num_rows

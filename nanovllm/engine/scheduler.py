@@ -103,7 +103,8 @@ class Scheduler:
         may_admit = bool(self.waiting and running.free_slots)
         if may_admit or running.num_prefilling or running.num_ended or not len(order):
             return 0
-        steps = min(int((running.limit[order] - running.length[order]).min()), self.blocks.block_size)
+        # Of the tokens up to the limit the last one ends its sequence.
+        steps = min(int((running.limit[order] - running.committed[order]).min()) - 1, self.blocks.block_size)
         need = np.count_nonzero(running.capacity[order] - running.computed[order] < steps)
         return steps if need <= self.blocks.num_empty else 0
 

@@ -52,8 +52,10 @@ class AttentionWork:
             members_per_item=members_per_item(dtype, c.head_dim, group),
         )
         self._half_limits = replace(self._limits, num_programs=num_programs(device) * PROGRAMS_BESIDE, beside=True)
-        self._partials_of_half = self._half_limits.partials(min(max_num_seqs, MAX_HALVES_ROWS) // 2)
-        num_partials = max(self._limits.partials(max_num_seqs), 2 * self._partials_of_half)
+        # Halves share no prefixes: each has as many partials as items, at most.
+        self._partials_of_half = self._half_limits.items(min(max_num_seqs, MAX_HALVES_ROWS) // 2)
+        num_partials = self._limits.partials(max_num_seqs)
+        assert 2 * self._partials_of_half <= num_partials
         shape = (num_partials, c.num_attention_heads, c.head_dim)
         self._partial_out = torch.empty(shape, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(shape[:2], dtype=torch.float32, device=device)

@@ -17,7 +17,12 @@ ITEMS_PER_PROGRAM = 4
 """How many items a decode kernel of that many programs should give to each, where the batch is small enough to choose;
 one of twice as many programs gives half of it."""
 LONGEST_SHARE, LONGEST_SHARE_BESIDE = 1.0, 1.5
-"""Beside another half of the step, which fills the time, a launch may end less evenly."""
+"""How long a row may be without being cut, by what each program has to do in all. Beside another half of the step,
+which fills the time, a launch may end less evenly."""
+SHORT_SHARE = 0.45
+"""The shorter quarter of the rows must be below this, by the same measure, to even out a launch's end."""
+MANY_ROWS = 256
+"""Beyond, the kernel runs twice as many programs (decode_tuning), each of which has half as much to do."""
 MIN_PREFIX_CHUNK = 256
 EXTRA_ITEMS, EXTRA_ITEMS_BESIDE = 2048, 1024
 """Items beyond one for each row, of a step and of a half that runs beside another."""
@@ -29,7 +34,7 @@ class WorkLimits:
 
     num_kv_heads: int
     num_programs: int
-    """Of the decode kernel, resident at once."""
+    """Of the decode kernel, resident at once, of up to MANY_ROWS rows."""
     num_prefix_programs: int
     members_per_item: int
     """Rows of a prefix item."""
@@ -39,11 +44,6 @@ class WorkLimits:
     @property
     def extra_items(self) -> int:
         return EXTRA_ITEMS_BESIDE if self.beside else EXTRA_ITEMS
-
-    @property
-    def longest_share(self) -> float:
-        """How long a row may be without being cut, by what each program has to do in all."""
-        return LONGEST_SHARE_BESIDE if self.beside else LONGEST_SHARE
 
     def items(self, num_rows: int) -> int:
         """Most items of so many rows."""
@@ -105,10 +105,10 @@ def share_out(
 
 
 def _chunks(own: np.ndarray, limits: WorkLimits) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's chunk size, in whole tiles, and how many chunks its `own` tokens make."""
+    """Each row's chunk size, in whole tiles if it is cut, and how many chunks its `own` tokens make."""
     total = int(own.sum())
     share = total * limits.num_kv_heads / limits.num_programs
-    if own.max() <= share * limits.longest_share:  # rows, longest first, share out evenly as they are
+    if _shares_out_evenly(own, share, limits):
         return own, np.ones_like(own)
     wanted = share / ITEMS_PER_PROGRAM
     size = max(min(max(wanted, MIN_CHUNK), MAX_CHUNK), total / limits.extra_items)
@@ -117,6 +117,16 @@ def _chunks(own: np.ndarray, limits: WorkLimits) -> tuple[np.ndarray, np.ndarray
     # The same number of chunks, of nearly equal size: a short last one costs almost as much as a long one.
     sizes = -(-own // (counts * TILE)) * TILE
     return sizes, counts
+
+
+def _shares_out_evenly(own: np.ndarray, share: float, limits: WorkLimits) -> bool:
+    """Whether rows as they are, longest first, give each program about its `share` of all tokens."""
+    if limits.beside:
+        return bool(own.max() <= share * LONGEST_SHARE_BESIDE)
+    if own.max() > share * LONGEST_SHARE * (0.5 if len(own) > MANY_ROWS else 1.0):
+        return False
+    quarter = len(own) // 4
+    return bool(np.partition(own, quarter)[quarter] <= share * SHORT_SHARE)
 
 
 def _items(

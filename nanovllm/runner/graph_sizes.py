@@ -8,8 +8,6 @@ MIN_HALVES_TOKENS = 65536
 has what was measured."""
 NEVER = 2**62
 """More tokens than there can be."""
-MAX_HALVES_LAYER_BYTES = 2**26
-"""A layer's weights, beyond which reading them twice costs more than it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +23,15 @@ class GraphSizes:
     in_halves: list[int]
     """Those of `decodes` at which a step can run in halves."""
 
+    @property
+    def most_decode_graphs(self) -> int:
+        """How many shapes decode steps can have: whole and in halves, rows cut or not; or with shared prefixes."""
+        return 3 * len(self.decodes) + 2 * len(self.in_halves)
+
     def most_graphs(self) -> int:
         """How many shapes steps can have."""
         with_prefills = sum(size <= next_size(self.sampled, count) for count in self.tokens for size in self.sampled)
-        return 3 * len(self.decodes) + 2 * len(self.in_halves) + with_prefills
+        return self.most_decode_graphs + with_prefills
 
     def largest(self) -> "GraphSizes":
         """The last of each: whose memory the others share."""

@@ -104,6 +104,7 @@ class ModelRunner:
                     graph_sizes,
                     finds_prefixes=work is not None and work.finds_prefixes,
                     capture=capture,
+                    may_cut=work is not None,
                 )
 
     @torch.inference_mode()

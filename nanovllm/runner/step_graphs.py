@@ -12,7 +12,7 @@ from nanovllm.runner.uploads import FixedInputs
 
 MIN_ROWS_WITH_PREFIX = 4
 MIN_ROWS_WHOLE = 64
-"""Fewer rows are always cut."""
+"""Fewer rows are mostly cut, and run in the graph for that even where they are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +59,14 @@ class StepGraphs:
         *,
         finds_prefixes: bool,
         capture: bool,
+        may_cut: bool = True,
     ) -> None:
+        """`may_cut`: attention goes by work lists, which may cut rows or not; other backends do as they like."""
         self.sizes = sizes
         self._step = step
         self._make_inputs = make_inputs
         self._finds_prefixes = finds_prefixes
+        self._may_cut = may_cut
         self._prepared: dict[StepShape, _Prepared] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._stream = torch.cuda.Stream() if capture else None
@@ -116,7 +119,7 @@ class StepGraphs:
         shapes = [self._decode_shape(rows)]
         if rows in self.sizes.in_halves:
             shapes.append(self._decode_shape(rows, in_halves=True))
-        if rows >= MIN_ROWS_WHOLE:
+        if rows >= MIN_ROWS_WHOLE and self._may_cut:
             shapes += [replace(shape, cuts_rows=False) for shape in shapes]
         if self._finds_prefixes and rows >= MIN_ROWS_WITH_PREFIX:
             shapes.append(self._decode_shape(rows, shares_prefixes=True))

@@ -44,6 +44,8 @@ def alike(count: int, num_tokens: int) -> list[Row]:
 class World:
     rows: list[Row]
     settings: Settings = SMALL
+    recorded: Settings | None = None
+    """Those of the run that is simulated, where they are others."""
     on_gpu: bool = True
     equal_outputs: bool = False
 
@@ -51,6 +53,12 @@ class World:
 WORLDS = {
     "rows of all kinds": World(rows=rows(150, 1)),
     "without look-ahead": World(rows=rows(100, 2), on_gpu=False),
+    "rows that end sooner than they did, without look-ahead": World(
+        rows=[Row(num_prompt_tokens=50, num_output_tokens=150)] * 10,
+        settings=replace(SMALL, max_model_len=128),
+        recorded=SMALL,
+        on_gpu=False,
+    ),
     "small blocks": World(rows=rows(60, 3), settings=replace(SMALL, block_size=4, num_blocks=4000)),
     "a tight cache, with preemptions": World(
         rows=rows(100, 4), settings=replace(SMALL, num_blocks=150, max_model_len=512)
@@ -132,7 +140,7 @@ def test_steps_that_are_taken_at_once_do_what_they_do_one_by_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = WORLDS[name]
-    write_run(tmp_path / "run", world.rows, COSTS, world.settings, on_gpu=world.on_gpu)
+    write_run(tmp_path / "run", world.rows, COSTS, world.recorded or world.settings, on_gpu=world.on_gpu)
     one_by_one = Simulated(world, tmp_path / "run", leaps=False)
     taken = counted(monkeypatch)
 

@@ -10,8 +10,8 @@ import pytest
 
 from kernels.attention_work import ITEM_FIELDS
 from nanovllm.runner.decode_work import (
-    EXTRA_ITEMS,
     LONGEST_SHARE,
+    LONGEST_SHARE_BESIDE,
     MAX_CHUNK,
     MIN_CHUNK,
     TILE,
@@ -59,6 +59,7 @@ def random_case(seed: int, *, with_groups: bool) -> Case:
         num_programs=int(rng.choice([1, 8, 264, 792])),
         num_prefix_programs=int(rng.choice([1, 8, 132])),
         members_per_item=int(rng.choice([1, 3, 16, 64])),
+        beside=not with_groups and bool(rng.integers(2)),
     )
     groups = list(random_groups(rng, contexts, block_size)) if with_groups else []
     return case(contexts, groups, block_size, limits, seed)
@@ -171,15 +172,28 @@ def test_no_item_is_longer_than_a_chunk_may_be(any_case: Case) -> None:
     own = int((any_case.contexts - any_case.prefix_tokens()).sum())
     longest = int((any_case.work.items[:, 3] - any_case.work.items[:, 2]).max())
     share = own * any_case.limits.num_kv_heads / any_case.limits.num_programs
-    assert longest <= max(MAX_CHUNK, own / EXTRA_ITEMS + TILE, share * LONGEST_SHARE)
+    whole = LONGEST_SHARE_BESIDE if any_case.limits.beside else LONGEST_SHARE
+    assert longest <= max(MAX_CHUNK, own / any_case.limits.extra_items + TILE, share * whole)
 
 
+@pytest.mark.parametrize(
+    ("rows", "is_cut", "is_cut_beside"),
+    [
+        (1024, False, False),
+        (256, False, False),
+        (80, False, False),
+        (50, True, False),
+        (16, True, True),
+        (1, True, True),
+    ],
+)
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize(("rows", "is_cut"), [(256, False), (64, False), (16, True), (1, True)])
-def test_rows_are_cut_only_where_they_share_out_badly(rows: int, is_cut: bool, beside: bool) -> None:
+def test_rows_are_cut_only_where_they_share_out_badly(
+    rows: int, is_cut: bool, is_cut_beside: bool, beside: bool
+) -> None:
     shape = replace(limits(kv_heads=8, programs=264), beside=beside)
     of = case(np.full(rows, 5000), [], 16, shape)
-    assert (len(of.work.merges) > 0) == is_cut
+    assert (len(of.work.merges) > 0) == (is_cut_beside if beside else is_cut)
     lopsided = case(np.array([*[100] * (rows - 1), 20_000]), [], 16, shape)
     assert len(lopsided.work.merges) > 0, "one row would keep a program busy long after all others"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.attention_work import DecodeWork
 from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.step_graphs import StepShape
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=6, ignore_eos=True, seed=3)
 SIZES = GraphSizes(decodes=[1, 2, 4, 12], tokens=[24, 72, 160, 400], sampled=[4, 12], in_halves=[])
+LAYERS = 2
 PREFIX = random_prompts([64], seed=5)[0]
 PROMPTS = [*random_prompts([1, 15, 17]), *(PREFIX + tail for tail in random_prompts([3, 1, 20, 9], seed=6))]
 
@@ -28,7 +30,7 @@ PROMPTS = [*random_prompts([1, 15, 17]), *(PREFIX + tail for tail in random_prom
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(directory, hidden_size=64, intermediate_size=96, head_dim=32, num_hidden_layers=2)
+    write_checkpoint(directory, hidden_size=64, intermediate_size=96, head_dim=32, num_hidden_layers=LAYERS)
     return directory
 
 
@@ -116,6 +118,58 @@ def test_decode_steps_in_halves_change_no_token(
     assert tokens(harness, GREEDY) == expected
     assert {shape.num_tokens for shape in shapes if shape.in_halves} >= {2, 12}
     preempting(checkpoint, sizes)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "whole"),
+    [
+        ([190, 15, 140, 40, 3, 120, 9], False),
+        ([9, 15, 3, 40, 40, 190], False),  # of the second half alone
+        ([190, 15, 140, 40, 3, 120, 9], True),
+    ],
+)
+def test_halves_whose_rows_are_cut_or_not_change_no_token(
+    checkpoint: Path, lengths: list[int], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_ROWS", 2)
+    monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_TOKENS", 1)
+    monkeypatch.setattr("nanovllm.runner.step_graphs.MIN_ROWS_WHOLE", 1)
+    monkeypatch.setattr("nanovllm.runner.decode_work.MIN_CHUNK", 64)
+    monkeypatch.setattr("nanovllm.runner.decode_work.LONGEST_SHARE_BESIDE", 1e9 if whole else 0.3)
+    prompts = random_prompts(lengths, seed=6)
+    sizes = GraphSizes(decodes=[1, 2, 4, 10, 12], tokens=[24, 160, 600], sampled=[4, 12], in_halves=[2, 4, 10])
+    harness = on_triton(checkpoint, max_num_batched_tokens=600, fixed_sizes=sizes)
+    runner = harness.assembly.engine.runner
+    assert isinstance(runner, ModelRunner)
+    assert runner.graphs is not None
+    assert runner._work is not None
+    work, run = runner._work, runner.graphs.run
+    cuts = set()
+
+    def spy(shape: StepShape) -> torch.Tensor:
+        if shape.in_halves:
+            cuts.add(shape.cuts_rows)
+            assert runner.graphs is not None
+            inputs = runner.graphs._prepared[shape].inputs.tensors
+            assert_apart(*work.halves(inputs, cuts_rows=shape.cuts_rows))
+        return run(shape)
+
+    monkeypatch.setattr(runner.graphs, "run", spy)
+    got = [output.token_ids for output in harness.run(prompts, GREEDY)]
+    assert got == [output.token_ids for output in build(checkpoint).run(prompts, GREEDY)]
+    assert cuts == {not whole}
+
+
+def assert_apart(first: DecodeWork, second: DecodeWork) -> None:
+    """Two halves run at the same time: what one writes, or is written for it, is nothing of the other's."""
+    for name in ("items", "merges", "partial_out", "partial_lse"):
+        one, other = getattr(first, name), getattr(second, name)
+        begin, end = other.data_ptr(), other.data_ptr() + other.numel() * other.element_size()
+        most = len(first.items) if name.startswith("partial") else len(one)  # as many partials as items
+        assert one.data_ptr() + one[:most].numel() * one.element_size() <= begin or one.data_ptr() >= end, name
+    for name in ("num_items", "num_merges", "counters"):
+        assert getattr(first, name).data_ptr() != getattr(second, name).data_ptr(), name
+    assert second.counters.data_ptr() - first.counters.data_ptr() >= 4 * LAYERS
 
 
 def test_prefixes_that_rows_share_are_read_apart(
