@@ -9,18 +9,25 @@ import pytest
 from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.cost_model import CostModel
 from jobs.simulation.fitting import fit, held_out_error
-from jobs.simulation.forward_cost import FEATURES
+from jobs.simulation.forward_cost import FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.predictor import Predictor
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import simulate
 from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes, sizes_of_plan
 from nanovllm.events import Recorder, ScheduleEvent
-from nanovllm.runner.graph_sizes import graph_sizes, next_size
-from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run
+from nanovllm.runner.graph_sizes import NEVER, graph_sizes, next_size
+from tests.jobs.synthetic_run import ARCHITECTURE, SETTINGS, Row, law, write_run
 
 SMALL = replace(SETTINGS, num_blocks=2000, max_num_seqs=96, max_num_batched_tokens=1024)
-FORWARD = {"step": 1.5, "tokens up to 64": 0.004, "rows of logits": 0.01, "TFLOP": 1.6, "decode context": 1e-4}
+FORWARD = {
+    "step": 1.5,
+    "tokens up to 64": 0.004,
+    "rows of logits": 0.01,
+    "TFLOP": 1.6,
+    "decode context": 1e-4,
+    "longer attention": 2e-4,
+}
 LAW = law(
     forward=FORWARD,
     gap={"step": 0.02},
@@ -234,7 +241,11 @@ def test_shared_prefixes_are_read_once_where_the_runner_reads_them_once(tmp_path
     once = write_run(tmp_path / "once", others, costs, SMALL)
     each = write_run(tmp_path / "each", others, costs, SMALL, attention="flash_attn (asked for)")
     assert each.shared == []
-    saved = sum(shared.saved for shared in once.shared)
+    sizes = recorded_sizes(RecordedRun("once", tmp_path / "once"))
+    decodes = (
+        sizes.num_decodes == sizes.num_rows
+    )  # beside prefills the longer attention counts, which costs nothing here
+    saved = sum(shared.saved for shared, counts in zip(once.shared, decodes, strict=True) if counts)
     assert saved > 100_000
     assert each.seconds - once.seconds == pytest.approx(saved * 1e-6, rel=1e-6)
 
@@ -244,3 +255,33 @@ def test_settings_keep_the_bytes_of_the_cache():
     assert SETTINGS.changed({"kv.block_size": 64, "kv.num_blocks": 7}).num_blocks == 7
     assert SETTINGS.changed({"kv.num_blocks": None, "kv.block_size": None}) == SETTINGS
     assert isinstance(SETTINGS.changed({}), Settings)
+
+
+def test_beside_prefills_the_longer_attention_counts():
+    """185 FLOPs take as long as a byte; of this model a token has 114,688 bytes and a pair 229,376 FLOPs."""
+    features = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=True)
+    pairs_in_a_token = 185 * 114_688 / 229_376
+    columns = dict(zip(FEATURES, features.columns(MIXED, PADDING, SharedReads()), strict=True))
+    assert columns["decode context"].tolist() == [0, 0, 3000]
+    assert columns["longer attention"].tolist() == pytest.approx([5000, 1e6 / pairs_in_a_token, 0])
+    assert columns["pairs"] == 0
+    on_cpu = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=False)
+    columns = dict(zip(FEATURES, on_cpu.columns(MIXED, PADDING, SharedReads()), strict=True))
+    assert columns["decode context"].tolist() == [5000, 1000, 3000]
+    assert columns["pairs"].tolist() == [100_000, 1_000_000, 0]
+    assert columns["longer attention"] == 0
+
+
+def _sizes(*steps: tuple[int, ...]) -> StepSizes:
+    return StepSizes(*(np.array(column) for column in zip(*steps, strict=True)))
+
+
+MIXED = _sizes((3, 2, 100, 3, 5000, 100_000), (3, 2, 900, 3, 1000, 1_000_000), (3, 3, 3, 3, 3000, 0))
+PADDING = Padding(
+    graphs=None,
+    multiple=1,
+    of_decodes=np.arange(1000),
+    of_tokens=np.arange(1000),
+    of_sampled=np.arange(1000),
+    halves_from=np.full(1000, NEVER),
+)

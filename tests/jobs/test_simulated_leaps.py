@@ -19,7 +19,14 @@ from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run
 
 SMALL = replace(SETTINGS, num_blocks=2000, max_num_seqs=48, max_num_batched_tokens=512)
 COSTS = law(
-    forward={"step": 1.5, "rows of logits": 0.01, "TFLOP": 1.6, "decode context": 1e-4, "pairs": 1e-6},
+    forward={
+        "step": 1.5,
+        "rows of logits": 0.01,
+        "TFLOP": 1.6,
+        "decode context": 1e-4,
+        "longer attention": 2e-4,
+        "pairs": 1e-6,
+    },
     gap={"step": 0.02},
     submit={"step": 1.2, "row": 0.003, "prefill token": 5e-5},
     postprocess={"step": 0.05, "row": 0.002, "finished row": 0.01},
