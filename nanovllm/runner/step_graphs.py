@@ -112,14 +112,17 @@ class StepGraphs:
 
     def without_cuts(self, shape: StepShape) -> StepShape:
         """The shape of a step at `shape` of whose rows none is cut."""
-        whole = replace(shape, cuts_rows=False)
-        return whole if whole in self._decode_shapes(shape.num_tokens) else shape
+        has_graph = self._runs_whole(shape.num_tokens) and not shape.shares_prefixes
+        return replace(shape, cuts_rows=False) if has_graph else shape
+
+    def _runs_whole(self, rows: int) -> bool:
+        return rows >= MIN_ROWS_WHOLE and self._may_cut
 
     def _decode_shapes(self, rows: int) -> list[StepShape]:
         shapes = [self._decode_shape(rows)]
         if rows in self.sizes.in_halves:
             shapes.append(self._decode_shape(rows, in_halves=True))
-        if rows >= MIN_ROWS_WHOLE and self._may_cut:
+        if self._runs_whole(rows):
             shapes += [replace(shape, cuts_rows=False) for shape in shapes]
         if self._finds_prefixes and rows >= MIN_ROWS_WITH_PREFIX:
             shapes.append(self._decode_shape(rows, shares_prefixes=True))
