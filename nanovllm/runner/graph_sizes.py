@@ -28,10 +28,15 @@ class GraphSizes:
         """How many shapes decode steps can have: whole and in halves, rows cut or not; or with shared prefixes."""
         return 3 * len(self.decodes) + 2 * len(self.in_halves)
 
+    @property
+    def with_prefills(self) -> list[tuple[int, int]]:
+        """(tokens, rows of logits) that steps with prefills can have, descending."""
+        shapes = [(count, size) for count in self.tokens for size in self.sampled]
+        return [shape for shape in reversed(shapes) if shape[1] <= next_size(self.sampled, shape[0])]
+
     def most_graphs(self) -> int:
         """How many shapes steps can have."""
-        with_prefills = sum(size <= next_size(self.sampled, count) for count in self.tokens for size in self.sampled)
-        return self.most_decode_graphs + with_prefills
+        return self.most_decode_graphs + len(self.with_prefills)
 
     def largest(self) -> "GraphSizes":
         """The last of each: whose memory the others share."""
@@ -58,11 +63,11 @@ def graph_sizes(
     """Sizes that hold every step, with little padding where padding costs.
 
     Decode steps are dense up to 256, where a matrix product takes the same time whatever its rows, and beyond every
-    64th. Steps with prefills mostly fill max_num_batched_tokens.
+    64th. Steps with prefills mostly fill max_num_batched_tokens, and up to 128 rows of logits cost the same.
     """
     decodes = {1, 2, 4, 8, 16, 24, *range(32, 256, 32), *range(256, max_num_seqs, 64)}
     tokens = {64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, *range(4096, max_num_batched_tokens, 1024)}
-    sampled = {16 << i for i in range(12)}
+    sampled = {128 << i for i in range(8)}
 
     def up_to(sizes: set[int], most: int) -> list[int]:
         return [*sorted(size for size in sizes if size < most), most]

@@ -47,8 +47,7 @@ class _Prepared:
 class StepGraphs:
     """Runs `step` at fixed shapes. With `capture` as CUDA graphs; without, directly, which is for tests on a CPU.
 
-    The decode steps' graphs, and that of the largest step with prefills, are captured at once, largest first: all share
-    its memory. Other shapes of steps with prefills are captured when they first come, in some 30 ms.
+    All graphs are captured at once, the largest first: the others share its memory.
     """
 
     def __init__(
@@ -68,14 +67,17 @@ class StepGraphs:
         self._finds_prefixes = finds_prefixes
         self._may_cut = may_cut
         self._prepared: dict[StepShape, _Prepared] = {}
+        self._warm: set[StepShape] = set()
+        """Kinds of shapes of which one has run."""
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._stream = torch.cuda.Stream() if capture else None
         if capture:
-            if sizes.tokens:
-                self._prepare(self._prefill_shape(sizes.tokens[-1], sizes.sampled[-1]))
+            for num_tokens, num_sampled in sizes.with_prefills:
+                self._prepare(self._prefill_shape(num_tokens, num_sampled))
             for rows in reversed(sizes.decodes):
                 for shape in self._decode_shapes(rows):
                     self._prepare(shape)
+            torch.cuda.synchronize()
 
     @property
     def num_graphs(self) -> int:
@@ -149,15 +151,20 @@ class StepGraphs:
         self._prepared[shape] = prepared
 
     def _capture(self, shape: StepShape, prepared: _Prepared, stream: "torch.cuda.Stream") -> None:
-        # Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time.
-        torch.cuda.synchronize()
+        """Not by torch.cuda.graph, which collects garbage and empties the allocator's cache each time.
+
+        The first step of a kind runs once, which sets up libraries and compiles. For what others of its kind need
+        besides, "relaxed" lets kernels be compiled and loaded within a capture.
+        """
+        kind = replace(shape, num_tokens=0, num_sampled=0)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             prepared.inputs.send({})  # nothing but padding
-            self._step(prepared.inputs.tensors, shape)  # compiles what is not compiled, and sets up libraries
+            if kind not in self._warm:
+                self._step(prepared.inputs.tensors, shape)
+                self._warm.add(kind)
             stream.synchronize()
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             prepared.tokens = self._step(prepared.inputs.tensors, shape)
             graph.capture_end()
-        torch.cuda.synchronize()
         prepared.graph = graph
