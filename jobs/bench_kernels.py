@@ -341,7 +341,7 @@ def _prefill_case(cached: list[int], lengths: list[int], **tuning: object) -> Ca
     items = prefill_items(np.array(lengths), np.array(cached), np.arange(len(lengths)), most)
     work = PrefillWork(
         items=torch.as_tensor(items, device="cuda"),
-        num_items=torch.tensor([len(items)], dtype=torch.int32),
+        bounds=torch.tensor([0, 0, len(items)], dtype=torch.int32),
         counters=torch.zeros(1, dtype=torch.int32),
     )
 

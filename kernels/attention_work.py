@@ -8,6 +8,10 @@ ITEM_FIELDS = 8
 """int32 numbers of an item; a power of two, so that an item is one aligned read."""
 
 
+LONG_ITEM_KEYS = 1024
+"""Up to here an item of prefill attention is short: what a multiprocessor does beside it weighs more (NOTES.md)."""
+
+
 class DecodeWork(NamedTuple):
     """The rows of a step that decode: a work list that is the same for every layer but for the counter.
 
@@ -48,8 +52,9 @@ class PrefillWork(NamedTuple):
     """The rows of a step that prefill; int32."""
 
     items: Tensor
-    """[capacity, ITEM_FIELDS]: (first query, queries, row of the block tables, position of the first query)."""
-    num_items: Tensor
-    """[1]"""
+    """[capacity, ITEM_FIELDS]: (first query, queries, row of the block tables, position of the first query). Those that
+    see most keys come first."""
+    bounds: Tensor
+    """[3]: 0, how many of the items see more than LONG_ITEM_KEYS keys, how many there are."""
     counters: Tensor
     """[layers], zeros"""

@@ -6,18 +6,23 @@ registers and shared memory are shared out here.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kernels import hopper
 from kernels.attention_work import DecodeWork, PrefillWork
 from kernels.paged_decode_attention import DecodeTuning, paged_decode_attention
-from kernels.paged_prefill_attention import PrefillTuning, paged_prefill_attention
+from kernels.paged_prefill_attention import PrefillTuning
+from kernels.prefill_attention import prefill_attention
 from kernels.shared_prefix_attention import shared_prefix_attention
 
 DECODE = DecodeTuning(programs_per_sm=2, dependent=False, max_registers=168)
 PREFILL = PrefillTuning(dependent=False)
 """256 threads beside twice 64 of DECODE, of 168 registers each: 64,512 of 65,536; 128 KiB beside twice 37 of 227."""
+BESIDE_HOPPERS = replace(DECODE, programs_per_sm=6)
+"""Beside Hopper's kernel for short items, which takes 43,008 registers, two of them fit; the others follow it."""
 
 
 def mixed_attention(
@@ -40,13 +45,14 @@ def mixed_attention(
         shared_prefix_attention(q, *caches, decode, scale)
     if not _side_by_side(q):
         paged_decode_attention(q, *caches, decode, layer, scale, out)
-        paged_prefill_attention(q, *caches, prefill, layer, scale, out)
+        prefill_attention(q, *caches, prefill, layer, scale, out)
         return
     here, aside = torch.cuda.current_stream(q.device), _side_stream(q.device)
     aside.wait_stream(here)
-    paged_prefill_attention(q, *caches, prefill, layer, scale, out, PREFILL)
+    beside = BESIDE_HOPPERS if hopper.is_prefill_attention(q, k_cache) else DECODE
+    prefill_attention(q, *caches, prefill, layer, scale, out, PREFILL)
     with torch.cuda.stream(aside):
-        paged_decode_attention(q, *caches, decode, layer, scale, out, DECODE)
+        paged_decode_attention(q, *caches, decode, layer, scale, out, beside)
     here.wait_stream(aside)
 
 

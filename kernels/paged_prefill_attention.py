@@ -71,7 +71,7 @@ def paged_prefill_attention(
         out,
         block_tables,
         work.items,
-        work.num_items,
+        work.bounds[2:],
         work.counters[layer:],
         scale * LOG2_E,
         q.stride(0),

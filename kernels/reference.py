@@ -104,6 +104,23 @@ def norm_rotary_store(
     return q
 
 
+def linear_norm_rotary_store(
+    x: Tensor,
+    weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    rotary: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """norm_rotary_store of the product of [T, in] with the transpose of the fused projection, [(Q + 2 K) H, in]."""
+    qkv = linear(x, weight).unflatten(-1, (-1, k_cache.shape[3]))
+    return norm_rotary_store(qkv, q_weight, k_weight, eps, rotary, positions, k_cache, v_cache, slots)
+
+
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write [T, K, H] into caches [blocks, K, S, H]; slot = block * S + offset, and -1 writes nothing."""
     live = slots >= 0

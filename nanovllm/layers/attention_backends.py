@@ -39,14 +39,14 @@ class TritonAttention:
         from kernels import (
             mixed_attention,
             paged_decode_attention,
-            paged_prefill_attention,
+            prefill_attention,
             shared_prefix_attention,
         )
 
         self._mixed = mixed_attention.mixed_attention
         self._decode = paged_decode_attention.paged_decode_attention
         self._prefix = shared_prefix_attention.shared_prefix_attention
-        self._prefill = paged_prefill_attention.paged_prefill_attention
+        self._prefill = prefill_attention.prefill_attention
 
     def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, layer: int, scale: float, out: Tensor

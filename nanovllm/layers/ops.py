@@ -25,9 +25,10 @@ class Ops(Protocol):
         """residual is consumed."""
         ...
 
-    def norm_rotary_store(
+    def linear_norm_rotary_store(
         self,
-        qkv: Tensor,
+        x: Tensor,
+        weight: Tensor,
         q_weight: Tensor,
         k_weight: Tensor,
         eps: float,
@@ -36,8 +37,6 @@ class Ops(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         slots: Tensor,
-    ) -> Tensor:
-        """qkv is consumed."""
-        ...
+    ) -> Tensor: ...
 
     def sample(self, logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> Tensor: ...

@@ -35,10 +35,10 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, place: Place, meta: AttentionMeta) -> Tensor:
         """What o_proj is to be applied to: [T, Q * H]."""
-        qkv = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         k_cache, v_cache = self.attention.caches(meta)
-        weights = self.q_norm.weight, self.k_norm.weight
-        q_TQH = self.ops.norm_rotary_store(qkv, *weights, self.eps, *place, k_cache, v_cache, meta.slot_mapping)
+        weights = self.qkv_proj.weight, self.q_norm.weight, self.k_norm.weight
+        into = k_cache, v_cache, meta.slot_mapping
+        q_TQH = self.ops.linear_norm_rotary_store(x_TD, *weights, self.eps, *place, *into)
         return self.attention(q_TQH, meta).flatten(1)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention_work import ITEM_FIELDS, DecodeWork, PrefillWork
+from kernels.attention_work import ITEM_FIELDS, LONG_ITEM_KEYS, DecodeWork, PrefillWork
 from kernels.paged_decode_attention import PROGRAMS_BESIDE, num_programs
 from kernels.paged_prefill_attention import tokens_per_item
 from kernels.shared_prefix_attention import members_per_item
@@ -20,9 +20,11 @@ from nanovllm.runner.shared_prefixes import PrefixGroup, find_groups
 from nanovllm.runner.step_graphs import StepShape
 from nanovllm.runner.uploads import Padding
 
-_COUNTS = range(6)
-_ITEMS, _MERGES, _PREFIX_ITEMS, _PREFILL_ITEMS, _SECOND_ITEMS, _SECOND_MERGES = _COUNTS
+_COUNTS = range(8)
+_ITEMS, _MERGES, _PREFIX_ITEMS, _SECOND_ITEMS, _SECOND_MERGES = _COUNTS[:5]
 """Where `work_counts` says how many there are of each; the last two are a second half's."""
+_PREFILL_BOUNDS = slice(5, 8)
+"""And where it has PrefillWork's bounds."""
 
 
 class AttentionWork:
@@ -88,7 +90,7 @@ class AttentionWork:
             rows = slice(decodes, None)
             items = prefill_items(plan.num_tokens[rows], plan.starts[rows], plan.slots[rows], self._tokens_per_item)
             items[:, 0] += decodes
-            counts[_PREFILL_ITEMS] = len(items)
+            counts[_PREFILL_BOUNDS] = 0, np.sum(items[:, 1] + items[:, 3] > LONG_ITEM_KEYS), len(items)
             arrays["prefill_items"] = items
         if decodes:
             slots, lens = plan.slots[:decodes], context_lens[:decodes]
@@ -137,8 +139,8 @@ class AttentionWork:
 
     def prefill_work(self, inputs: Mapping[str, Tensor]) -> PrefillWork:
         """The prefill rows' part of `arrays`, on the device."""
-        counts, counters = inputs["work_counts"][_PREFILL_ITEMS:], inputs["counters"][self._num_layers :]
-        return PrefillWork(items=inputs["prefill_items"], num_items=counts, counters=counters)
+        bounds, counters = inputs["work_counts"][_PREFILL_BOUNDS], inputs["counters"][self._num_layers :]
+        return PrefillWork(items=inputs["prefill_items"], bounds=bounds, counters=counters)
 
     def fixed_inputs(self, shape: StepShape) -> dict[str, Padding]:
         """Capacities for any step of the shape; the longest, items, last."""

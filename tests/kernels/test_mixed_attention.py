@@ -41,7 +41,7 @@ def check(
     items[:, 0] += len(decodes)
     prefill = PrefillWork(
         items=torch.from_numpy(np.ascontiguousarray(items)).to(DEVICE),
-        num_items=torch.tensor([len(items)], dtype=torch.int32, device=DEVICE),
+        bounds=torch.tensor([0, 0, len(items)], dtype=torch.int32, device=DEVICE),
         counters=torch.zeros(2, dtype=torch.int32, device=DEVICE),
     )
     q = randn(sum(queries), heads, head_size, seed=99, dtype=dtype)

@@ -25,7 +25,7 @@ def check(
     out = torch.full(q.shape, torch.nan, dtype=dtype, device=DEVICE)
     work = PrefillWork(
         items=torch.from_numpy(np.ascontiguousarray(items)).to(DEVICE),
-        num_items=torch.tensor([len(items)], dtype=torch.int32, device=DEVICE),
+        bounds=torch.tensor([0, 0, len(items)], dtype=torch.int32, device=DEVICE),
         counters=torch.zeros(2, dtype=torch.int32, device=DEVICE),
     )
     scale = head_size**-0.5
