@@ -117,6 +117,7 @@ class CostModelRunner:
             padded_batch_size=rows if prefills else tokens,
             padded_tokens=tokens,
             cuda_graph=has_graph,
+            in_halves=not prefills and self._in_halves(rows, sizes.decode_context, shared),
             logits_rows=sampled,
         )
         self._results.append((result, self._device_free))
@@ -184,9 +185,13 @@ class CostModelRunner:
         if shared.saved:
             return self._costs(StepSizes(rows, rows, rows, rows, context, 0), shared)
         forward_ms = self._decode_forward_ms[rows] + self._context_ms * context
-        if context >= self._halves_from[rows]:
+        if self._in_halves(rows, context, shared):
             forward_ms -= self._whole_ms
         return self._decode_submit_ms[rows], forward_ms, self._decode_gap_ms
+
+    def _in_halves(self, rows: int, context: int, shared: SharedReads) -> bool:
+        """Of a step without prefills."""
+        return context >= self._halves_from[rows] and not shared.saved
 
     def _costs(self, sizes: StepSizes, shared: SharedReads) -> tuple[float, float, float]:
         """Milliseconds: to submit a step, to run it, and beside that until its result is there."""

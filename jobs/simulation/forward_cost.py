@@ -97,7 +97,9 @@ class ForwardFeatures:
             context=1e-12 * GPU_BALANCE * _kv_bytes(c) if on_gpu else 0.0,
         )
 
-    def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> tuple[Any, ...]:
+    def columns(
+        self, sizes: StepSizes, padding: Padding, shared: SharedReads, in_halves: np.ndarray
+    ) -> tuple[Any, ...]:
         """FEATURES of steps whose sizes are arrays."""
         tokens, logits_rows = padding.padded(sizes)
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
@@ -110,7 +112,7 @@ class ForwardFeatures:
             context, pairs = context * ~np.asarray(prefills), shared.pairs
         return (
             1.0,
-            ~padding.in_halves(sizes, shared.saved),
+            ~in_halves,
             prefills,
             tokens > FEW_TOKENS,
             np.minimum(tokens, FEW_TOKENS),

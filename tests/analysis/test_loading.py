@@ -88,10 +88,10 @@ def test_a_job_of_a_sweep_without_records_is_left_out_and_named(
 
 def test_a_newer_schema_is_one_clear_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newer = copied(run, tmp_path / "newer")
-    write_table(newer, "steps", rows_of(run, "steps"), STEPS.with_metadata({"schema_version": "3"}))
+    write_table(newer, "steps", rows_of(run, "steps"), STEPS.with_metadata({"schema_version": "4"}))
     for module in ("audit", "analyze"):
         said = complaint(capsys, module, f"run={newer}")
-        assert "schema_version=3 is newer than 2" in said
+        assert "schema_version=4 is newer than 3" in said
     edit_manifest(newer, lambda manifest: manifest.update(schema_version=2))
     assert "manifest.json: schema_version=2 is newer than 1" in complaint(capsys, "audit", f"run={newer}")
 

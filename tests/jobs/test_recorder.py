@@ -60,7 +60,7 @@ CONTRACT = {
         padded_num_tokens int32,
         num_prefill_tokens int32, num_decode_tokens int32, num_cached_tokens int32, num_waiting int32,
         num_running int32, num_preempted int32, num_finished int32, free_blocks int32, used_blocks int32,
-        cached_blocks int32, cuda_graph bool, device_allocated_bytes int64, device_reserved_bytes int64,
+        cached_blocks int32, cuda_graph bool, in_halves bool, device_allocated_bytes int64, device_reserved_bytes int64,
         seq_ids list<int64>, seq_num_tokens list<int32>, seq_context_lens list<int32>, seq_cached_tokens list<int32>,
         seq_sampled list<bool>, preempted_seq_ids list<int64>, finished_seq_ids list<int64>,
         dropped_seq_ids list<int64>, comm_calls int32, comm_bytes int64""",
@@ -133,7 +133,7 @@ def test_each_table_has_exactly_the_columns_of_the_contract(table: str, tmp_path
     (part,) = parts(tmp_path, table)
     schema = pq.read_schema(part)
     assert columns_of(schema) == contract_columns(table)
-    assert schema.metadata[b"schema_version"] == b"2"
+    assert schema.metadata[b"schema_version"] == b"3"
     assert schema == SCHEMAS[table]
 
 
