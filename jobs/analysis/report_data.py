@@ -94,7 +94,8 @@ def _facts(figures: RunFigures) -> list[list[str]]:
 def _steps(figures: RunFigures) -> Data:
     """Columns over the steps in the order of their ends; a mark stands for `each` steps that follow one another.
 
-    A mark has the sums of tokens, times, preemptions and steps in halves, the means of the rest, and the commonest phase.
+    A mark has the sums of tokens, times, preemptions and steps in halves, the means of the rest, and the commonest
+    phase.
     """
     column = figures.run.step_column
     order = np.argsort(column("end_ns"), kind="stable")

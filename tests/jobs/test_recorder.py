@@ -200,6 +200,7 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
             "used_blocks": 5,
             "cached_blocks": 2,
             "cuda_graph": True,
+            "in_halves": False,
             "device_allocated_bytes": 5_000_000_000,
             "device_reserved_bytes": 6_000_000_000,
             "seq_ids": [7, 9, 11, 12],
@@ -214,6 +215,18 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
             "comm_bytes": 3_000_000_000,
         }
     ]
+
+
+def test_steps_that_ran_in_halves_say_so(tmp_path: Path):
+    recorder, halved = ParquetRecorder.alone(tmp_path), [False, True, True, False]
+    for step, in_halves in enumerate(halved):
+        plan = make_plan(step, decodes=[(7, 80 + step), (9, 33 + step)])
+        schedule = make_schedule(plan)
+        result = StepResult(token_ids=np.array([1, 2], np.int32), cuda_graph=True, in_halves=in_halves)
+        recorder.on_schedule(schedule)
+        recorder.on_step(make_step(schedule, result=result))
+    recorder.close()
+    assert read_records(tmp_path, "steps")["in_halves"].to_pylist() == halved
 
 
 def test_without_a_cuda_graph_the_padded_sizes_are_the_batchs(tmp_path: Path):
