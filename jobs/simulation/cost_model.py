@@ -48,6 +48,14 @@ class CostModel:
         in_halves = padding.in_halves(sizes, shared.saved)
         return self.forward.predict(self.features.columns(sizes, padding, shared, in_halves))
 
+    def of_step(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> tuple[float, float, float]:
+        """(submit, forward, gap) of one step, whose sizes are ints: in a fifth of the time that these take by arrays."""
+        in_halves = padding.in_halves(sizes, shared.saved)
+        forward = self.forward.predict_one(*self.features.columns(sizes, padding, shared, in_halves))
+        submit = _submit(sizes)
+        host = self.schedule.predict_one(*submit) + self.prepare.predict_one(*submit)
+        return host, forward, self.gap.predict_one(*_gap(sizes))
+
     def gap_ms(self, sizes: StepSizes) -> np.ndarray:
         return self.gap.predict(_gap(sizes))
 
@@ -124,7 +132,7 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     )
 
 
-def _submit(sizes: StepSizes) -> tuple[object, ...]:
+def _submit(sizes: StepSizes) -> tuple[Any, ...]:
     return 1.0, sizes.num_rows, sizes.num_prefill_tokens, sizes.num_rows - sizes.num_decodes
 
 
@@ -132,7 +140,7 @@ def _intake(num_rows: Any, num_tokens: Any) -> Any:
     return num_tokens + ROW_IN_TOKENS * num_rows
 
 
-def _gap(sizes: StepSizes) -> tuple[object, ...]:
+def _gap(sizes: StepSizes) -> tuple[Any, ...]:
     return 1.0, sizes.num_decodes < sizes.num_rows
 
 
