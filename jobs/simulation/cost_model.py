@@ -49,7 +49,7 @@ class CostModel:
         return self.forward.predict(self.features.columns(sizes, padding, shared, in_halves))
 
     def of_step(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> tuple[float, float, float]:
-        """(submit, forward, gap) of one step, whose sizes are ints: in a fifth of the time that these take by arrays."""
+        """(submit, forward, gap) of one step, whose sizes are ints: a fifth of the time that arrays take."""
         in_halves = padding.in_halves(sizes, shared.saved)
         forward = self.forward.predict_one(*self.features.columns(sizes, padding, shared, in_halves))
         submit = _submit(sizes)

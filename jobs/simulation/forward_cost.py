@@ -97,9 +97,7 @@ class ForwardFeatures:
             context=1e-12 * GPU_BALANCE * _kv_bytes(c) if on_gpu else 0.0,
         )
 
-    def columns(
-        self, sizes: StepSizes, padding: Padding, shared: SharedReads, in_halves: Any
-    ) -> tuple[Any, ...]:
+    def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads, in_halves: Any) -> tuple[Any, ...]:
         """FEATURES of one step, or of steps whose sizes are arrays."""
         tokens, logits_rows = padding.padded(sizes)
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)

@@ -165,6 +165,31 @@ def test_sizes_of_plans_are_those_of_their_records(recorded: Predictor):
     assert any(sizes.prefill_pairs and sizes.num_decodes for sizes in plans.sizes)
 
 
+def test_one_step_costs_what_it_costs_among_many(tmp_path: Path):
+    costs = law(
+        forward={name: 0.1 + place for place, name in enumerate(FEATURES)},
+        gap={"step": 0.02, "step with prefills": 0.5},
+        submit={"step": 0.15, "row": 0.0003, "prefill token": 5e-5, "prefill row": 0.7},
+    )
+    much = replace(SMALL, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=40_000)
+    long_rows = [replace(row, num_prompt_tokens=4 * row.num_prompt_tokens) for row in rows(160, 1, shared=200)]
+    write_run(tmp_path / "run", long_rows, costs, much, with_halves=True)
+    run = RecordedRun("run", tmp_path / "run")
+    sizes, padding = recorded_sizes(run), Padding.of(run, much)
+    draw = np.random.default_rng(4)
+    saved = draw.integers(0, 3, run.steps.num_rows) * 50
+    shared = SharedReads(saved, 2 * saved)
+    assert 0 < padding.in_halves(sizes, saved).sum() < padding.in_halves(sizes, 0).sum()
+    alone = [
+        costs.of_step(StepSizes(*(int(column[place]) for column in sizes)), padding, SharedReads(some, 2 * some))
+        for place, some in enumerate(saved.tolist())
+    ]
+    submit, forward, gap = (np.array(column) for column in zip(*alone, strict=True))
+    np.testing.assert_allclose(submit, costs.submit_ms(sizes), rtol=1e-12)
+    np.testing.assert_allclose(forward, costs.forward_ms(sizes, padding, shared), rtol=1e-12)
+    np.testing.assert_allclose(gap, costs.gap_ms(sizes), rtol=1e-12)
+
+
 @pytest.mark.parametrize(("seqs", "tokens"), [(1, 64), (100, 1000), (700, 9000)])
 def test_steps_are_padded_as_the_runner_pads_them(recorded: Predictor, seqs: int, tokens: int):
     settings = replace(SMALL, max_num_seqs=seqs, max_num_batched_tokens=tokens)
