@@ -59,8 +59,8 @@ def encode_steps(events: Sequence[StepEvent], *, replica: int, attempt: int) -> 
     _add_attributes(columns, schedules, ("num_waiting", "num_running"))
     _add_attributes(columns, events, ("end_ns", "schedule_ms", "postprocess_ms"))
     _add_attributes(columns, events, ("free_blocks", "used_blocks", "cached_blocks"))
-    _add_attributes(columns, results, ("prepare_ms", "forward_ms", "cuda_graph", "comm_calls", "comm_bytes"))
-    _add_attributes(columns, results, ("device_allocated_bytes", "device_reserved_bytes"))
+    _add_attributes(columns, results, ("prepare_ms", "forward_ms", "cuda_graph", "in_halves"))
+    _add_attributes(columns, results, ("comm_calls", "comm_bytes", "device_allocated_bytes", "device_reserved_bytes"))
     return _batch(STEPS, columns, len(events), replica, attempt)
 
 

@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "2"
-"""Stands under `schema_version` in each file's metadata. 2 added steps.padded_num_tokens."""
+SCHEMA_VERSION = "3"
+"""Stands under `schema_version` in each file's metadata. 2 added steps.padded_num_tokens, 3 steps.in_halves."""
 
 # In the order in which their parts are written: what a request refers to is on disk before the request is.
 TABLES = ("block_events", "steps", "requests")
@@ -39,6 +39,7 @@ STEPS = _table(
         ("used_blocks", pa.int32()),
         ("cached_blocks", pa.int32()),
         ("cuda_graph", pa.bool_()),
+        ("in_halves", pa.bool_()),
         ("device_allocated_bytes", pa.int64()),
         ("device_reserved_bytes", pa.int64()),
         ("seq_ids", pa.list_(pa.int64())),

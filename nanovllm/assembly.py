@@ -83,8 +83,9 @@ def assemble(
         dtype = _choose_dtype(config.model.dtype, c, device)
         max_model_len = _choose_max_model_len(config, c)
         choice = choose_kernels(config.engine, c, dtype, config.kv.block_size, device)
-        sizes = _choose_graph_sizes(config, choice, c, dtype, device)
-        settings = _settings(config, device, dtype, max_model_len, choice, sizes)
+        halves = _suits_halves(choice, c, dtype, device)
+        sizes = _choose_graph_sizes(config, choice, device, halves=halves)
+        settings = _settings(config, device, dtype, max_model_len, choice, sizes, halves=halves)
         lines.log_engine_start(source.name, settings)
         lines.log_runner_start()
         if choice.obstacle is not None:
@@ -202,19 +203,23 @@ def _load_model(
 
 
 def _choose_graph_sizes(
-    config: LLMConfig, choice: KernelChoice, c: Qwen3Config, dtype: torch.dtype, device: torch.device
+    config: LLMConfig, choice: KernelChoice, device: torch.device, *, halves: bool
 ) -> GraphSizes | None:
     if config.engine.enforce_eager or device.type != "cuda" or not choice.capturable:
         return None
     engine = config.engine
     with_prefills = choice.attention == "triton"  # whose grids do not depend on the rows
-    with_halves = choice.kernels == choice.attention == "triton" and _suits_halves(c, dtype, device)
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
-    return graph_sizes(*limits, with_prefills=with_prefills, with_halves=with_halves)
+    return graph_sizes(*limits, with_prefills=with_prefills, with_halves=halves)
 
 
-def _suits_halves(c: Qwen3Config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether half a step's attention and another half's products fit on one multiprocessor, all of them ours."""
+def _suits_halves(choice: KernelChoice, c: Qwen3Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether half a step's attention and another half's products fit on one multiprocessor, all of them ours.
+
+    If so, decode steps of CUDA graphs with enough rows and context run in halves, which max_num_seqs may rule out.
+    """
+    if device.type != "cuda" or not choice.kernels == choice.attention == "triton":
+        return False
     from kernels.tiled_linear import weight_suits
 
     heads, intermediate = c.num_attention_heads * c.head_dim, c.intermediate_size
@@ -299,6 +304,8 @@ def _settings(
     max_model_len: int,
     choice: KernelChoice,
     sizes: GraphSizes | None,
+    *,
+    halves: bool,
 ) -> dict[str, object]:
     return {
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
@@ -309,6 +316,7 @@ def _settings(
         "kernels": f"{choice.kernels} ({choice.kernels_reason})",
         "attention": f"{choice.attention} ({choice.attention_reason})",
         "cuda_graphs": _graphs_setting(config, device, sizes),
+        "halves": halves,
         "block_size": config.kv.block_size,
         "num_blocks": config.kv.num_blocks or "auto",
         "kv_memory_fraction": config.kv.memory_fraction,

@@ -37,7 +37,7 @@ def run_data(figures: RunFigures) -> Data:
         "status": run.status,
         "note": unfinished(figures),
         "facts": _facts(figures),
-        "ledger": [[place, ledger[place] / 1e6, meaning] for place, meaning in PLACES.items()],
+        "ledger": [[place, ledger[place] / 1e6, meaning] for place, meaning in figures.meanings.items()],
         "findings": [[finding.text, finding.evidence] for finding in Findings(figures).top()],
         "config": [[key, _text(value)] for key, value in flat_config(run).items()],
         "command": " ".join(map(str, run.manifest.get("command") or [])),
@@ -94,7 +94,8 @@ def _facts(figures: RunFigures) -> list[list[str]]:
 def _steps(figures: RunFigures) -> Data:
     """Columns over the steps in the order of their ends; a mark stands for `each` steps that follow one another.
 
-    A mark has the sums of tokens, times and preemptions, the means of the rest, and the commonest phase.
+    A mark has the sums of tokens, times, preemptions and steps in halves, the means of the rest, and the commonest
+    phase.
     """
     column = figures.run.step_column
     order = np.argsort(column("end_ns"), kind="stable")
@@ -119,6 +120,7 @@ def _steps(figures: RunFigures) -> Data:
         "end": _rounded(np.maximum.reduceat(column("end_ns")[order], firsts) / 1e6, 3),
         "first": column("step")[order][firsts].tolist(),
         "phase": commonest.tolist(),
+        "halves": _rounded(summed(tables.flags(figures.run.steps, "in_halves")), 0),
         "batch": mean("batch_size"),
         "prefill": _rounded(summed(column("num_prefill_tokens")), 0),
         "sampled": _rounded(summed(sampled), 0),

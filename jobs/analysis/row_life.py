@@ -179,9 +179,11 @@ class SequenceLife:
         few = batch[rows].min(), batch[rows].max()
         tail = int(tail_steps(segment)[rows].sum())
         alone = f"; {tail:,} of them in the tail, with few rows left" if tail else ""
+        halves = int(segment.in_halves[rows].sum())
+        apart = f"; {halves:,} of them in halves" if halves else ""
         yield (
             f"  {self._ms(end[rows[-1]]):9.1f} ms  steps {step[rows[0]]} to {step[rows[-1]]}: {len(rows):,} decode "
-            f"steps, {each:.1f} ms each, in batches of {few[0]} to {few[1]}{alone}"
+            f"steps, {each:.1f} ms each, in batches of {few[0]} to {few[1]}{apart}{alone}"
         )
 
     def _preempted(self, row: int) -> Iterator[str]:

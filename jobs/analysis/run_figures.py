@@ -9,7 +9,7 @@ from jobs.analysis import tables
 from jobs.analysis.latencies import Latencies
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.segments import Segment, segments
-from jobs.analysis.time_ledger import StepTimes, recomputed_tokens, span, step_times, time_ledger
+from jobs.analysis.time_ledger import DECODE, PLACES, StepTimes, recomputed_tokens, span, step_times, time_ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,16 @@ class RunFigures:
     @cached_property
     def ledger(self) -> dict[str, float]:
         return time_ledger(self.segments)
+
+    @cached_property
+    def meanings(self) -> dict[str, str]:
+        """What each place of the ledger is, and of the decode time how much was that of steps in halves."""
+        pairs = list(zip(self.segments, self.times, strict=True))
+        halves = sum(float(times.places[DECODE][segment.in_halves].sum()) for segment, times in pairs)
+        if not halves:
+            return PLACES
+        whole = sum(float(times.places[DECODE].sum()) for times in self.times)
+        return PLACES | {DECODE: f"{PLACES[DECODE]}, {halves / whole:.0%} of it in halves"}
 
     @property
     def wall_s(self) -> float:

@@ -8,7 +8,7 @@ from jobs.analysis.findings import Findings, unfinished
 from jobs.analysis.latencies import seconds, slow_rows
 from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.text_plot import bar, over_time, rate_over_time, spark
-from jobs.analysis.time_ledger import PLACES, UNRECORDED
+from jobs.analysis.time_ledger import UNRECORDED
 
 PLOT_WIDTH = 60
 NUM_SLOW_ROWS = 3
@@ -56,7 +56,7 @@ def screen(figures: RunFigures) -> Iterator[str]:
 def _ledger(figures: RunFigures) -> Iterator[str]:
     wall = sum(figures.ledger.values())
     yield f"wall time {figures.wall_s:,.2f} s"
-    for place, meaning in PLACES.items():
+    for place, meaning in figures.meanings.items():
         amount = figures.ledger[place]
         if place == UNRECORDED and not amount:  # as nearly always
             continue

@@ -32,6 +32,11 @@ class Segment:
         return self.run.step_column(name)[self.step_rows]
 
     @cached_property
+    def in_halves(self) -> np.ndarray:
+        """bool [steps]: whether it is known of the step that it ran in halves; an older version did not write it."""
+        return tables.flags(self.run.steps, "in_halves")[self.step_rows]
+
+    @cached_property
     def num_blocks(self) -> int | None:
         """Blocks of the KV cache; from the steps where the manifest does not say; None where neither does."""
         known = self.attempt.engine.get("num_kv_blocks")

@@ -22,6 +22,7 @@ class StepLaws:
 
     def violations(self) -> Iterator[Violation]:
         yield from self._counts()
+        yield from self._halves()
         yield from self._pool_after_each_step()
         yield from self._contexts()
         yield from self._blocks_cover_contexts()
@@ -48,6 +49,16 @@ class StepLaws:
             yield self._violation(
                 "a sequence stands twice in one batch", flat.step_row[twice[0]], flat.seq_id[twice[0]]
             )
+
+    def _halves(self) -> Iterator[Violation]:
+        """Which steps run in halves is each version's own rule; of every version they are decode steps of several rows
+        in a CUDA graph, on an engine that can."""
+        segment = self.segment
+        can = segment.column("cuda_graph") & (segment.column("num_prefill_tokens") == 0)
+        can &= (segment.column("batch_size") > 1) & segment.attempt.engine.get("halves", True)
+        wrong = np.flatnonzero(segment.in_halves & ~can)
+        if len(wrong):
+            yield self._violation("a step in halves cannot have run so", wrong[0], None)
 
     def _pool_after_each_step(self) -> Iterator[Violation]:
         """Free, used and cached blocks of a step are those of the ledger."""

@@ -59,8 +59,13 @@ def _with_padded_tokens(steps: pa.Table) -> pa.Table:
     return steps.append_column("padded_num_tokens", pa.array(padded, pa.int32()))
 
 
+def _with_halves(steps: pa.Table) -> pa.Table:
+    """Version 2 did not write which decode steps ran in halves: null, where of all others it is known."""
+    return steps.append_column("in_halves", pa.nulls(steps.num_rows, pa.bool_()))
+
+
 Upgrade = Callable[[pa.Table], pa.Table]
-UPGRADES: dict[str, list[Upgrade]] = {"steps": [_with_padded_tokens]}
+UPGRADES: dict[str, list[Upgrade]] = {"steps": [_with_padded_tokens, _with_halves]}
 """For each table: what makes version 2 of version 1, version 3 of version 2, and so on; most versions change one."""
 
 
@@ -72,6 +77,11 @@ def values(table: pa.Table, name: str) -> np.ndarray:
 def ints(table: pa.Table, name: str, null: int = -1) -> np.ndarray:
     """An integer column as int64, with `null` for a null."""
     return table[name].fill_null(null).to_numpy().astype(np.int64)
+
+
+def flags(table: pa.Table, name: str) -> np.ndarray:
+    """A boolean column, with False for a null."""
+    return table[name].fill_null(False).to_numpy()
 
 
 def lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -88,10 +88,11 @@ def _device(segment: Segment, pid: int) -> Iterator[Event]:
         "num_decode_tokens",
         "padded_num_tokens",
         "cuda_graph",
+        "in_halves",
     )
     columns = [segment.column(name).tolist() for name in names]
     for from_ns, to_ns, *values in zip(start.tolist(), end.tolist(), *columns, strict=True):
-        args = dict(zip(names, values, strict=True))
+        args = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         yield _span(str(args["phase"]), pid, DEVICE, from_ns, to_ns, **args)
 
 

@@ -102,7 +102,7 @@ class CostModelRunner:
         if sizes.num_decodes == rows:
             submit_ms, forward_ms, gap_ms = self._decode_costs(rows, sizes.decode_context, shared)
         else:
-            submit_ms, forward_ms, gap_ms = self._costs(sizes, shared)
+            submit_ms, forward_ms, gap_ms = self._model.of_step(sizes, self._padding, shared)
         prefills = sizes.num_decodes < rows
         submit_ms += self._capture_ms(tokens, sampled) if prefills else 0.0
         self._now += submit_ms
@@ -117,6 +117,7 @@ class CostModelRunner:
             padded_batch_size=rows if prefills else tokens,
             padded_tokens=tokens,
             cuda_graph=has_graph,
+            in_halves=not prefills and self._in_halves(rows, sizes.decode_context, shared),
             logits_rows=sampled,
         )
         self._results.append((result, self._device_free))
@@ -180,16 +181,14 @@ class CostModelRunner:
         return shared
 
     def _decode_costs(self, rows: int, context: int, shared: SharedReads) -> tuple[float, float, float]:
-        """As `_costs`, of a step without prefills."""
+        """As CostModel.of_step, of a step without prefills."""
         if shared.saved:
-            return self._costs(StepSizes(rows, rows, rows, rows, context, 0), shared)
+            return self._model.of_step(StepSizes(rows, rows, rows, rows, context, 0), self._padding, shared)
         forward_ms = self._decode_forward_ms[rows] + self._context_ms * context
-        if context >= self._halves_from[rows]:
+        if self._in_halves(rows, context, shared):
             forward_ms -= self._whole_ms
         return self._decode_submit_ms[rows], forward_ms, self._decode_gap_ms
 
-    def _costs(self, sizes: StepSizes, shared: SharedReads) -> tuple[float, float, float]:
-        """Milliseconds: to submit a step, to run it, and beside that until its result is there."""
-        arrays = StepSizes(*(np.array([value]) for value in sizes))
-        forward_ms = self._model.forward_ms(arrays, self._padding, shared).item()
-        return self._model.submit_ms(arrays).item(), forward_ms, self._model.gap_ms(arrays).item()
+    def _in_halves(self, rows: int, context: int, shared: SharedReads) -> bool:
+        """Of a step without prefills."""
+        return context >= self._halves_from[rows] and not shared.saved

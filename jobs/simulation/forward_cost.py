@@ -97,8 +97,8 @@ class ForwardFeatures:
             context=1e-12 * GPU_BALANCE * _kv_bytes(c) if on_gpu else 0.0,
         )
 
-    def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads) -> tuple[Any, ...]:
-        """FEATURES of steps whose sizes are arrays."""
+    def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads, in_halves: Any) -> tuple[Any, ...]:
+        """FEATURES of one step, or of steps whose sizes are arrays."""
         tokens, logits_rows = padding.padded(sizes)
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
         prefills = sizes.num_decodes < sizes.num_rows
@@ -107,10 +107,10 @@ class ForwardFeatures:
         if self.context:
             of_prefills = sizes.prefill_pairs * (self.pair / self.context)  # in tokens of context
             longer = prefills * np.maximum(context, of_prefills)
-            context, pairs = context * ~np.asarray(prefills), shared.pairs
+            context, pairs = context * np.logical_not(prefills), shared.pairs
         return (
             1.0,
-            ~padding.in_halves(sizes, shared.saved),
+            np.logical_not(in_halves),
             prefills,
             tokens > FEW_TOKENS,
             np.minimum(tokens, FEW_TOKENS),

@@ -64,6 +64,11 @@ class RecordedRows:
     def __len__(self) -> int:
         return len(self.row)
 
+    def share_blocks(self, block_size: int) -> bool:
+        """Whether some prompt begins with a whole block of another one's."""
+        most_shared = max((shared.num_tokens for shared in self._shared), default=0)
+        return most_shared >= block_size or bool(self.sample.any())
+
     def prompt(self, index: int) -> np.ndarray:
         """int32 token ids; asked for in order."""
         row = int(self.row[index])

@@ -74,6 +74,12 @@ class RecordedRun:
         return self.engine["attention"].startswith("triton")
 
     @property
+    def suits_halves(self) -> bool:
+        """Whether decode steps with enough rows and context run in halves, or would with a larger max_num_seqs."""
+        found = self.engine.get("halves")
+        return "in halves" in self.engine["cuda_graphs"] if found is None else found  # before `halves` stood there
+
+    @property
     def is_whole(self) -> bool:
         """Whether it ran from beginning to end in one attempt."""
         return self.manifest["status"] == COMPLETE and self.num_attempts == 1
@@ -118,8 +124,7 @@ class RecordedRun:
             return None
         with_prefills = self.reads_shared_prefixes_once  # one kernel's work lists make both possible
         limits = settings.max_num_seqs, settings.max_num_batched_tokens
-        with_halves = "in halves" in self.engine["cuda_graphs"]
-        return graph_sizes(*limits, with_prefills=with_prefills, with_halves=with_halves)
+        return graph_sizes(*limits, with_prefills=with_prefills, with_halves=self.suits_halves)
 
     def block_events(self) -> pa.Table:
         return self._read("block_events")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
@@ -61,6 +63,11 @@ def recorded_sizes(run: RecordedRun) -> StepSizes:
         decode_context=total(contexts * is_decode),
         prefill_pairs=total(pairs * ~is_decode),
     )
+
+
+def recorded_halves(run: RecordedRun, by_rule: np.ndarray) -> np.ndarray:
+    """bool [steps]: which ran in halves; `by_rule` where an older version did not write it."""
+    return pc.call_function("coalesce", [run.steps["in_halves"], pa.array(by_rule)]).to_numpy()
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class StepResult:
     padded_tokens: int = 0
     """Tokens of the CUDA graph that ran; 0 where none did."""
     cuda_graph: bool = False
+    in_halves: bool = False
+    """Whether a decode step ran as two halves beside each other."""
     logits_rows: int = 0
     """Rows of logits that were really computed."""
     device_allocated_bytes: int = 0

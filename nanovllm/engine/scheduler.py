@@ -233,6 +233,7 @@ class Scheduler:
     ) -> None:
         """Give slots and blocks to waiting sequences, first come first served, while all of these last."""
         wanted: list[tuple[int, int]] = []  # slot and number of the blocks that are taken in one go
+        num_wanted = 0
         while self.waiting and budget > 0 and self.running.free_slots:
             seq = self.waiting[0]
             hits = self._prefix(seq)
@@ -240,15 +241,17 @@ class Scheduler:
                 # These were admitted before: their blocks come first, and a hit may be evicted for them.
                 num_cached = self.blocks.num_cached
                 self.running.take_blocks(wanted)
+                num_wanted = 0
                 if self.blocks.num_cached < num_cached:
                     hits = self._prefix(seq)
-            if seq.num_in_flight or not self._fits(seq, hits, sum(count for _, count in wanted)):
+            if seq.num_in_flight or not self._fits(seq, hits, num_wanted):
                 break
             self.waiting.popleft()
             self._displaced.pop(seq.seq_id, None)
             limit = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
             self.running.place(seq, hits, limit, now_ns)
             wanted.append((seq.slot, self._num_blocks_of(seq) - len(hits)))
+            num_wanted += wanted[-1][1]
             num_cached = len(hits) * self.blocks.block_size
             count = min(len(seq.token_ids) - num_cached, budget)
             budget -= count

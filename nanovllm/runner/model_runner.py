@@ -143,6 +143,7 @@ class ModelRunner:
             padded_batch_size=step.num_rows if shape is None or shape.prefills else shape.num_tokens,
             padded_tokens=0 if shape is None else shape.num_tokens,
             cuda_graph=shape is not None,
+            in_halves=shape is not None and shape.in_halves,
             logits_rows=step.logits_rows,
             device_allocated_bytes=allocated,
             device_reserved_bytes=reserved,

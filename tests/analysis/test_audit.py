@@ -32,6 +32,7 @@ def test_the_golden_runs_have_everything_that_an_audit_is_about(run: Path, plain
     assert any(step["dropped_seq_ids"] for step in steps), "look-ahead drops tokens"
     assert any(after["start_ns"] < step["end_ns"] for step, after in itertools.pairwise(steps))
     assert any(step["padded_num_tokens"] > sum(step["seq_num_tokens"]) for step in steps)
+    assert {step["in_halves"] for step in steps if step["phase"] == "decode"} == {False, True}
     assert {step["attempt"] for step in rows_of(resumed_run, "steps")} == {0, 1, 2}
     reach = max(event["step"] for event in rows_of(resumed_run, "block_events") if event["attempt"] == 0)
     assert reach > 40, "a killed attempt's block events reach further than its steps"
@@ -169,6 +170,17 @@ STEPS: list[tuple[str, Change, str]] = [
     ("a sum", lambda rows: rows[30].update(num_decode_tokens=99), "num_prefill_tokens + num_decode_tokens"),
     ("a context", lambda rows: rows[30]["seq_context_lens"].__setitem__(0, 99), "a context does not go on"),
     ("a sequence twice", lambda rows: [rows[30][n].append(rows[30][n][0]) for n in LISTS], "twice in one batch"),
+    ("prefills in halves", lambda rows: first_of(rows, phase="mixed").update(in_halves=True), "a step in halves"),
+    (
+        "halves without a graph",
+        lambda rows: first_of(rows, in_halves=True).update(cuda_graph=False),
+        "a step in halves cannot have run so",
+    ),
+    (
+        "a half without a row",
+        lambda rows: next(row for row in rows if row["batch_size"] == 1 and row["cuda_graph"]).update(in_halves=True),
+        "a step in halves cannot have run so",
+    ),
     ("the batch", lambda rows: rows[30].update(batch_size=1), "batch_size differs"),
     (
         "an end too many",
@@ -219,6 +231,17 @@ def test_a_fault_in_the_records_is_caught(
     found = audit(faulty)
     assert law in " | ".join(v.law for v in found.violations), str(found.violations)
     assert str(found.first) in capsys.readouterr().out
+
+
+def test_only_an_engine_that_can_runs_steps_in_halves(run: Path, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "run")
+    edit_manifest(other, lambda manifest: manifest["engine"].update(halves=False))
+    first = audit(other).first
+    assert first is not None
+    halved = first_of(rows_of(run, "steps"), in_halves=True)
+    assert (first.law, first.step) == ("a step in halves cannot have run so", halved["step"])
+    edit_manifest(other, lambda manifest: manifest["engine"].pop("halves"))
+    assert audit(other).first is None, "an older version's manifest does not say"
 
 
 def test_the_first_violation_names_where_it_is(run: Path, tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.analysis.answers import read_answers
+from jobs.analysis.audit import audit
 from jobs.analysis.program import main
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_paths import find_runs
+from jobs.analysis.segments import segments
 from jobs.record_schemas import STEPS
 from tests.analysis.editing import copied, edit_manifest, rows_of, write_table
 from tests.jobs.generate_process import ROOT
@@ -88,10 +91,14 @@ def test_a_job_of_a_sweep_without_records_is_left_out_and_named(
 
 def test_a_newer_schema_is_one_clear_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newer = copied(run, tmp_path / "newer")
-    write_table(newer, "steps", rows_of(run, "steps"), STEPS.with_metadata({"schema_version": "3"}))
-    for module in ("audit", "analyze"):
-        said = complaint(capsys, module, f"run={newer}")
-        assert "schema_version=3 is newer than 2" in said
+    write_table(newer, "steps", rows_of(run, "steps"), STEPS.with_metadata({"schema_version": "4"}))
+    for module in ("analyze", "audit", "explain", "trace"):
+        said = complaint(capsys, module, f"run={newer}", *(["row=3"] if module == "explain" else []))
+        assert "schema_version=4 is newer than 3" in said
+    assert main("diff", [f"a={run}", f"b={newer}"]) == 2
+    _, err = capsys.readouterr()  # what the manifests say stands there already
+    assert "schema_version=4 is newer than 3" in err
+    assert err.count("\n") == 1
     edit_manifest(newer, lambda manifest: manifest.update(schema_version=2))
     assert "manifest.json: schema_version=2 is newer than 1" in complaint(capsys, "audit", f"run={newer}")
 
@@ -112,16 +119,27 @@ def test_a_part_that_is_cut_off_is_named(run: Path, tmp_path: Path, capsys: pyte
     assert f"{part}: cannot be read as Parquet" in complaint(capsys, "audit", f"run={other}")
 
 
+ADDED = ["padded_num_tokens", "in_halves"]
+"""To steps, by versions 2, 3, ..."""
+
+
+def of_version(version: int, run: Path, directory: Path) -> Path:
+    """A copy of `run` as that version would have written it."""
+    older = copied(run, directory)
+    fields = [field for field in STEPS if field.name not in ADDED[version - 1 :]]
+    write_table(older, "steps", rows_of(run, "steps"), pa.schema(fields, {"schema_version": str(version)}))
+    edit_manifest(older, lambda manifest: manifest["engine"].pop("halves", None))
+    return older
+
+
 def test_version_1_is_read_without_what_it_lacks(run: Path, tmp_path: Path) -> None:
     """It did not write steps.padded_num_tokens: of decode graphs it follows, of others the real tokens stand for it."""
-    older = copied(run, tmp_path / "older")
-    schema = STEPS.remove(STEPS.get_field_index("padded_num_tokens")).with_metadata({"schema_version": "1"})
-    write_table(older, "steps", rows_of(run, "steps"), schema)
+    older = of_version(1, run, tmp_path / "older")
 
     before, now = RecordedRun(run).steps, RecordedRun(older).steps
 
     assert now.schema == before.schema
-    assert now.drop_columns("padded_num_tokens").equals(before.drop_columns("padded_num_tokens"))
+    assert now.drop_columns(ADDED).equals(before.drop_columns(ADDED))
     decodes = pa.compute.equal(before["phase"], "decode")
     column = "padded_num_tokens"
     assert now.filter(decodes)[column].equals(before.filter(decodes)[column])
@@ -129,13 +147,43 @@ def test_version_1_is_read_without_what_it_lacks(run: Path, tmp_path: Path) -> N
     assert main("audit", [f"run={older}"]) == 0
 
 
+def test_version_2_does_not_know_which_steps_ran_in_halves(run: Path, tmp_path: Path) -> None:
+    older = of_version(2, run, tmp_path / "older")
+    before, now = RecordedRun(run), RecordedRun(older)
+    assert now.steps.schema == before.steps.schema
+    assert now.steps.drop_columns("in_halves").equals(before.steps.drop_columns("in_halves"))
+    assert now.steps["in_halves"].null_count == now.steps.num_rows
+    assert before.steps["in_halves"].null_count == 0
+    found = [next(segments(each)).in_halves for each in (before, now)]
+    assert found[0].tolist() == before.steps["in_halves"].to_pylist()
+    assert found[0].any()
+    assert found[1].dtype == np.bool_
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("version", range(1, 1 + len(ADDED)))
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_question_can_be_asked_of_a_run_of_an_older_version(
+    module: str, version: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = of_version(version, run, tmp_path / "older")
+    words = {"explain": [f"run={older}", "row=3"], "diff": [f"a={older}", f"b={run}"]}
+    assert main(module, words.get(module, [f"run={older}"])) == 0
+    out, err = capsys.readouterr()
+    assert (err, "halves" in out) == ("", False), "what is not known is not told"
+    if module == "trace":
+        assert "in_halves" not in (older / "trace.json").read_text()
+
+
 def test_parts_of_several_versions_stand_side_by_side(resumed_run: Path, tmp_path: Path) -> None:
     """A run that a newer version went on with."""
     mixed = copied(resumed_run, tmp_path / "run")
     first, *_ = sorted((mixed / "records" / "steps").glob("*.parquet"))
-    part = pq.read_table(first).drop_columns("padded_num_tokens")
+    part = pq.read_table(first).drop_columns(ADDED)
     pq.write_table(part.replace_schema_metadata({"schema_version": "1"}), first)
     assert RecordedRun(mixed).steps.num_rows == RecordedRun(resumed_run).steps.num_rows
+    assert RecordedRun(mixed).steps["in_halves"].null_count == part.num_rows
+    assert audit(mixed).first is None
 
 
 def test_the_answers_of_a_run_that_is_under_way_are_read(run: Path, tmp_path: Path) -> None:

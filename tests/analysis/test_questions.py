@@ -142,6 +142,17 @@ def test_the_life_of_a_row_names_queue_hits_chunks_preemption_and_end(
     assert {first for first, *_ in decodes} <= {step["step"] for step in steps}
 
 
+def test_the_life_of_a_row_counts_its_steps_in_halves(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps, told = rows_of(run, "steps"), 0
+    for request in rows_of(run, "requests")[::7]:
+        text = said(capsys, "explain", f"run={run}", f"row={request['row']}")
+        found = re.findall(r"(\d+) of them in halves", text)
+        told += len(found)
+        mine = [step for step in steps if request["seq_id"] in step["seq_ids"]]
+        assert sum(map(int, found)) == sum(step["in_halves"] for step in mine)
+    assert told > 3
+
+
 def test_hits_are_told_from_the_row_that_published_the_block(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second way: the publisher of each block, followed event by event."""
     row_of = {request["seq_id"]: request["row"] for request in rows_of(run, "requests")}

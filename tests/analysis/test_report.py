@@ -212,6 +212,7 @@ def test_the_report_has_every_step_and_every_row(name: str, request: pytest.Fixt
     assert data["steps"]["each"] == data["rows"]["each"] == 1
     assert data["steps"]["batch"] == [step["batch_size"] for step in steps]
     assert data["steps"]["sampled"] == [sum(step["seq_sampled"]) for step in steps]
+    assert data["steps"]["halves"] == [step["in_halves"] for step in steps]
     assert data["steps"]["used"] == [step["used_blocks"] for step in steps]
     assert sorted(data["rows"]["row"]) == sorted(request["row"] for request in requests)
     assert sum(ms for _, ms, _ in data["ledger"]) > 0
@@ -231,6 +232,7 @@ def test_many_steps_become_marks_that_keep_their_sums(
     assert data["steps"]["each"] == 7
     assert len(data["steps"]["end"]) == 46
     assert sum(data["steps"]["prefill"]) == sum(step["num_prefill_tokens"] for step in steps)
+    assert sum(data["steps"]["halves"]) == sum(step["in_halves"] for step in steps) > 0
     assert sum(data["steps"]["preempted"]) == sum(step["num_preempted"] for step in steps) > 0
     assert data["steps"]["batch"][0] == pytest.approx(sum(s["batch_size"] for s in steps[:7]) / 7, abs=0.06)
     assert (data["rows"]["each"], len(data["rows"]["row"])) == (3, 20)

@@ -9,6 +9,7 @@ import pytest
 from jobs.analysis.latencies import slow_rows
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
+from jobs.analysis.screen import screen
 from jobs.analysis.time_ledger import (
     CAPTURE,
     DECODE,
@@ -16,11 +17,13 @@ from jobs.analysis.time_ledger import (
     LOAD,
     OTHER,
     PADDING,
+    PLACES,
     PREFILL,
     RECOMPUTE,
     TAIL,
     UNRECORDED,
     WRITE,
+    tail_steps,
 )
 from tests.analysis.editing import Row, copied, edit_manifest, rows_of, write_table
 from tests.analysis.made_run import Shape, make_run
@@ -103,6 +106,27 @@ def test_every_place_of_the_ledger_agrees_with_a_sweep_over_the_clock(
     for place, amount in figures.ledger.items():
         assert amount == pytest.approx(expected[place], abs=2), place
     assert min(figures.ledger.values()) >= 0
+
+
+def test_decode_time_says_how_much_of_it_was_in_halves(run: Path, plain_run: Path, tmp_path: Path) -> None:
+    figures = RunFigures.of(RecordedRun(run))
+    device = {
+        flag: sum(
+            min(step["forward_ms"] * 1e6, exposed) * step["num_decode_tokens"] / step["padded_num_tokens"]
+            for step, exposed, is_tail in zip(
+                rows_of(run, "steps"), figures.times[0].exposed, tail_steps(figures.segments[0]), strict=True
+            )
+            if step["in_halves"] in flag and not is_tail
+        )
+        for flag in ((True,), (True, False))
+    }
+    share = device[True,] / device[True, False]
+    assert 0.1 < share < 0.9
+    assert figures.meanings == PLACES | {DECODE: f"device time of output tokens, {share:.0%} of it in halves"}
+    assert RunFigures.of(RecordedRun(plain_run)).meanings == PLACES
+    path = copied(run, tmp_path / "run")
+    told = f"device time of output tokens, {share:.0%} of it in halves"
+    assert any(line.endswith(told) for line in screen(RunFigures.of(RecordedRun(path))))
 
 
 def test_each_place_has_its_share_in_one_of_the_runs(

@@ -98,6 +98,8 @@ def test_tracks_say_what_the_tables_say(traced: tuple[Path, list[Event]]) -> Non
     for event, step in zip(device, steps, strict=True):
         assert event["ts"] + event["dur"] == pytest.approx(step["end_ns"] / 1e3)
         assert event["dur"] <= step["forward_ms"] * 1e3 + 1e-3
+        assert event["args"].items() <= step.items()
+        assert event["args"].keys() >= {"padded_num_tokens", "in_halves"}
     rows = {
         (event["args"]["attempt"], event["args"]["seq_id"])
         for event in events

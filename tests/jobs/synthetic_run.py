@@ -88,7 +88,6 @@ def write_run(
 ) -> Outcome:
     """A run directory of those rows, as a device with these costs would have left it."""
     directory.mkdir(parents=True)
-    halves = ", in halves up to 128" if with_halves else ""
     manifest = {
         "schema_version": 1,
         "status": "complete",
@@ -103,7 +102,8 @@ def write_run(
             "max_model_len": settings.max_model_len,
             "device": "cuda:0" if on_gpu else "cpu",
             "attention": attention,
-            "cuda_graphs": f"decode steps{halves}, prefill steps" if graphs else "off (enforce_eager)",
+            "cuda_graphs": "decode steps, prefill steps" if graphs else "off (enforce_eager)",
+            "halves": with_halves,
             "row_multiple": 1 if on_gpu else 16,
             "architecture": ARCHITECTURE,
         },

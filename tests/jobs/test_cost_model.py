@@ -17,6 +17,7 @@ from jobs.simulation.simulator import simulate
 from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes, sizes_of_plan
 from nanovllm.events import Recorder, ScheduleEvent
 from nanovllm.runner.graph_sizes import NEVER, graph_sizes, next_size
+from tests.analysis.editing import edit, edit_manifest
 from tests.jobs.synthetic_run import ARCHITECTURE, SETTINGS, Row, law, write_run
 
 SMALL = replace(SETTINGS, num_blocks=2000, max_num_seqs=96, max_num_batched_tokens=1024)
@@ -164,6 +165,31 @@ def test_sizes_of_plans_are_those_of_their_records(recorded: Predictor):
     assert any(sizes.prefill_pairs and sizes.num_decodes for sizes in plans.sizes)
 
 
+def test_one_step_costs_what_it_costs_among_many(tmp_path: Path):
+    costs = law(
+        forward={name: 0.1 + place for place, name in enumerate(FEATURES)},
+        gap={"step": 0.02, "step with prefills": 0.5},
+        submit={"step": 0.15, "row": 0.0003, "prefill token": 5e-5, "prefill row": 0.7},
+    )
+    much = replace(SMALL, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=40_000)
+    long_rows = [replace(row, num_prompt_tokens=4 * row.num_prompt_tokens) for row in rows(160, 1, shared=200)]
+    write_run(tmp_path / "run", long_rows, costs, much, with_halves=True)
+    run = RecordedRun("run", tmp_path / "run")
+    sizes, padding = recorded_sizes(run), Padding.of(run, much)
+    draw = np.random.default_rng(4)
+    saved = draw.integers(0, 3, run.steps.num_rows) * 50
+    shared = SharedReads(saved, 2 * saved)
+    assert 0 < padding.in_halves(sizes, saved).sum() < padding.in_halves(sizes, 0).sum()
+    alone = [
+        costs.of_step(StepSizes(*(int(column[place]) for column in sizes)), padding, SharedReads(some, 2 * some))
+        for place, some in enumerate(saved.tolist())
+    ]
+    submit, forward, gap = (np.array(column) for column in zip(*alone, strict=True))
+    np.testing.assert_allclose(submit, costs.submit_ms(sizes), rtol=1e-12)
+    np.testing.assert_allclose(forward, costs.forward_ms(sizes, padding, shared), rtol=1e-12)
+    np.testing.assert_allclose(gap, costs.gap_ms(sizes), rtol=1e-12)
+
+
 @pytest.mark.parametrize(("seqs", "tokens"), [(1, 64), (100, 1000), (700, 9000)])
 def test_steps_are_padded_as_the_runner_pads_them(recorded: Predictor, seqs: int, tokens: int):
     settings = replace(SMALL, max_num_seqs=seqs, max_num_batched_tokens=tokens)
@@ -197,7 +223,7 @@ def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tm
         rows == decodes and graphs.runs_in_halves(rows, context)
         for rows, decodes, context in zip(sizes.num_rows, sizes.num_decodes, sizes.decode_context, strict=True)
     ]
-    assert halved.tolist() == expected
+    assert halved.tolist() == predictor.run.column("in_halves").tolist() == expected
     assert not padding.in_halves(sizes, np.ones(len(halved))).any(), "not those that read a prefix apart"
     assert (100 < halved.sum() < len(halved) - 100) == with_halves
     model = predictor.costs.model
@@ -205,6 +231,43 @@ def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tm
     write_run(tmp_path / "other", long_rows[40:120] + rows(100, 2), costs, much, with_halves=with_halves)
     other = RecordedRun("against", tmp_path / "other")
     assert predictor.predict_run(other, BlockLedger()).steps_s == pytest.approx(other.steps_seconds, rel=0.003)
+
+
+def test_what_the_record_says_of_halves_counts_and_the_rule_where_it_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run of a version that halved steps of less context."""
+    settings = replace(SMALL, max_num_seqs=64, max_num_batched_tokens=8192)
+    costs = law(forward={**FORWARD, "whole step": 0.7}, submit={"step": 0.15}, capture_ms=30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_TOKENS", 8_000)
+        write_run(tmp_path / "run", rows(300, 1, shared=32), costs, settings, with_halves=True)
+    run = RecordedRun("run", tmp_path / "run")
+    assert 100 < run.column("in_halves").sum() < run.steps.num_rows - 100
+    assert run.column("num_cached_tokens").any()
+    assert not Padding.of(run, settings).in_halves(recorded_sizes(run), 0).any(), "this version would halve none"
+    assert Predictor(run).costs.model.whole_ms == pytest.approx(0.7, rel=0.05)
+    edit(tmp_path / "run", "steps", lambda steps: [step.update(in_halves=None) for step in steps])
+    assert Predictor(RecordedRun("run", tmp_path / "run")).costs.model.whole_ms == pytest.approx(0.0, abs=0.05)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_whether_more_sequences_would_run_in_halves_is_in_the_manifest(halves: bool, tmp_path: Path):
+    """Of a run with too few for that, which an older version's words did not say."""
+    few, many = replace(SMALL, max_num_seqs=4), replace(SMALL, max_num_seqs=100)
+    write_run(tmp_path / "run", rows(5, 1), LAW, few, with_halves=halves)
+
+    def sizes() -> list[list[int]]:
+        run = RecordedRun("run", tmp_path / "run")
+        graphs = [run.graph_sizes(settings) for settings in (few, many)]
+        return [graph.in_halves for graph in graphs if graph is not None]
+
+    assert sizes() == [[], [8, 16, 24, 32, 64, 96, 100] if halves else []]
+    edit_manifest(tmp_path / "run", lambda manifest: manifest["engine"].pop("halves"))
+    assert sizes() == [[], []]
+    words = f"decode steps of 1 to 64 sequences{', in halves up to 64' if halves else ''}, prefill steps"
+    edit_manifest(tmp_path / "run", lambda manifest: manifest["engine"].update(cuda_graphs=words))
+    assert bool(sizes()[1]) == halves
 
 
 def test_outliers_do_not_bend_a_fit():
@@ -261,12 +324,12 @@ def test_beside_prefills_the_longer_attention_counts():
     """185 FLOPs take as long as a byte; of this model a token has 114,688 bytes and a pair 229,376 FLOPs."""
     features = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=True)
     pairs_in_a_token = 185 * 114_688 / 229_376
-    columns = dict(zip(FEATURES, features.columns(MIXED, PADDING, SharedReads()), strict=True))
+    columns = dict(zip(FEATURES, features.columns(MIXED, PADDING, SharedReads(), NOT_HALVED), strict=True))
     assert columns["decode context"].tolist() == [0, 0, 3000]
     assert columns["longer attention"].tolist() == pytest.approx([5000, 1e6 / pairs_in_a_token, 0])
     assert columns["pairs"] == 0
     on_cpu = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=False)
-    columns = dict(zip(FEATURES, on_cpu.columns(MIXED, PADDING, SharedReads()), strict=True))
+    columns = dict(zip(FEATURES, on_cpu.columns(MIXED, PADDING, SharedReads(), NOT_HALVED), strict=True))
     assert columns["decode context"].tolist() == [5000, 1000, 3000]
     assert columns["pairs"].tolist() == [100_000, 1_000_000, 0]
     assert columns["longer attention"] == 0
@@ -277,6 +340,7 @@ def _sizes(*steps: tuple[int, ...]) -> StepSizes:
 
 
 MIXED = _sizes((3, 2, 100, 3, 5000, 100_000), (3, 2, 900, 3, 1000, 1_000_000), (3, 3, 3, 3, 3000, 0))
+NOT_HALVED = np.zeros(3, np.bool_)
 PADDING = Padding(
     graphs=None,
     multiple=1,

@@ -35,7 +35,7 @@ SPEC = {
         padded_num_tokens int32,
         num_prefill_tokens int32, num_decode_tokens int32, num_cached_tokens int32, num_waiting int32,
         num_running int32, num_preempted int32, num_finished int32, free_blocks int32, used_blocks int32,
-        cached_blocks int32, cuda_graph bool, device_allocated_bytes int64, device_reserved_bytes int64,
+        cached_blocks int32, cuda_graph bool, in_halves bool, device_allocated_bytes int64, device_reserved_bytes int64,
         seq_ids list<int64>, seq_num_tokens list<int32>, seq_context_lens list<int32>, seq_cached_tokens list<int32>,
         seq_sampled list<bool>, preempted_seq_ids list<int64>, finished_seq_ids list<int64>,
         dropped_seq_ids list<int64>, comm_calls int32, comm_bytes int64
@@ -120,7 +120,7 @@ def test_a_table_has_the_columns_and_types_of_the_contract_and_no_needless_null(
         versions = connection.execute(
             f"SELECT DISTINCT decode(value) FROM parquet_kv_metadata('{glob}') WHERE decode(key) = 'schema_version'"
         ).fetchall()
-    assert versions == [("2",)]
+    assert versions == [("3",)]
     assert nulls is not None
     assert {name for (name, _), count in zip(expected, nulls, strict=True) if count} <= MAY_BE_NULL
 
@@ -167,7 +167,8 @@ def test_steps_have_no_gap_and_their_numbers_agree(steps: list[Row]):
         assert step["free_blocks"] + step["used_blocks"] == NUM_BLOCKS, who
         assert 0 <= step["cached_blocks"] <= step["free_blocks"], who
         assert step["num_running"] <= 5, who
-        assert (step["cuda_graph"], step["comm_calls"], step["comm_bytes"]) == (False, 0, 0), who
+        assert (step["cuda_graph"], step["in_halves"]) == (False, False), who
+        assert (step["comm_calls"], step["comm_bytes"]) == (0, 0), who
 
 
 def test_step_times_are_of_the_runs_clock_and_durations_fit_into_them(run: Finished, steps: list[Row]):

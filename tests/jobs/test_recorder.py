@@ -60,7 +60,7 @@ CONTRACT = {
         padded_num_tokens int32,
         num_prefill_tokens int32, num_decode_tokens int32, num_cached_tokens int32, num_waiting int32,
         num_running int32, num_preempted int32, num_finished int32, free_blocks int32, used_blocks int32,
-        cached_blocks int32, cuda_graph bool, device_allocated_bytes int64, device_reserved_bytes int64,
+        cached_blocks int32, cuda_graph bool, in_halves bool, device_allocated_bytes int64, device_reserved_bytes int64,
         seq_ids list<int64>, seq_num_tokens list<int32>, seq_context_lens list<int32>, seq_cached_tokens list<int32>,
         seq_sampled list<bool>, preempted_seq_ids list<int64>, finished_seq_ids list<int64>,
         dropped_seq_ids list<int64>, comm_calls int32, comm_bytes int64""",
@@ -133,7 +133,7 @@ def test_each_table_has_exactly_the_columns_of_the_contract(table: str, tmp_path
     (part,) = parts(tmp_path, table)
     schema = pq.read_schema(part)
     assert columns_of(schema) == contract_columns(table)
-    assert schema.metadata[b"schema_version"] == b"2"
+    assert schema.metadata[b"schema_version"] == b"3"
     assert schema == SCHEMAS[table]
 
 
@@ -200,6 +200,7 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
             "used_blocks": 5,
             "cached_blocks": 2,
             "cuda_graph": True,
+            "in_halves": False,
             "device_allocated_bytes": 5_000_000_000,
             "device_reserved_bytes": 6_000_000_000,
             "seq_ids": [7, 9, 11, 12],
@@ -214,6 +215,18 @@ def test_a_step_comes_back_as_it_happened(tmp_path: Path):
             "comm_bytes": 3_000_000_000,
         }
     ]
+
+
+def test_steps_that_ran_in_halves_say_so(tmp_path: Path):
+    recorder, halved = ParquetRecorder.alone(tmp_path), [False, True, True, False]
+    for step, in_halves in enumerate(halved):
+        plan = make_plan(step, decodes=[(7, 80 + step), (9, 33 + step)])
+        schedule = make_schedule(plan)
+        result = StepResult(token_ids=np.array([1, 2], np.int32), cuda_graph=True, in_halves=in_halves)
+        recorder.on_schedule(schedule)
+        recorder.on_step(make_step(schedule, result=result))
+    recorder.close()
+    assert read_records(tmp_path, "steps")["in_halves"].to_pylist() == halved
 
 
 def test_without_a_cuda_graph_the_padded_sizes_are_the_batchs(tmp_path: Path):

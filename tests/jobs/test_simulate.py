@@ -18,11 +18,12 @@ from jobs.compose import compose_config
 from jobs.generate_job import COMMAND
 from jobs.launch import _source
 from jobs.record_parts import read_records
+from jobs.record_schemas import STEPS
 from jobs.simulate import main
 from jobs.simulation.grid import span
 from jobs.simulation.settings import KEYS, Settings
 from jobs.usage import UsageError
-from tests.analysis.editing import edit
+from tests.analysis.editing import edit, edit_manifest, rows_of, write_table
 from tests.jobs.generate_process import ROOT
 from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run
 
@@ -172,6 +173,22 @@ def test_a_run_of_a_newer_version_is_refused(run: Path, tmp_path: Path, capsys: 
         json.dumps(json.loads((run / "manifest.json").read_text()) | {"schema_version": 2})
     )
     assert "schema_version=2 is newer than 1" in complaint(capsys, f"run={tmp_path}")
+    newer = tmp_path / "newer"
+    shutil.copytree(run, newer)
+    write_table(newer, "steps", rows_of(run, "steps"), STEPS.with_metadata({"schema_version": "4"}))
+    assert "schema_version=4 is newer than 3" in complaint(capsys, f"run={newer}")
+
+
+def test_a_run_of_an_older_version_is_predicted_alike(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    older = tmp_path / "older"
+    shutil.copytree(run, older)
+    schema = STEPS.remove(STEPS.get_field_index("in_halves")).with_metadata({"schema_version": "2"})
+    write_table(older, "steps", rows_of(run, "steps"), schema)
+    edit_manifest(older, lambda manifest: manifest["engine"].pop("halves"))
+    now, before = (simulated(capsys, f"run={path}", "engine.max_num_seqs=8,32") for path in (run, older))
+    assert [line for line in before if "simulated in" not in line] == [
+        line.replace(str(run), str(older)) for line in now if "simulated in" not in line
+    ]
 
 
 def test_a_run_that_left_no_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

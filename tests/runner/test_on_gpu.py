@@ -168,6 +168,17 @@ def test_bfloat16_differs_only_where_the_best_two_tokens_are_close(
     assert sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) >= 0.99 * len(prompts)
 
 
+def test_a_manifest_says_whether_the_engine_suits_halves() -> None:
+    """Also where it has too few sequences for that."""
+
+    def halves(dtype: str, **way: object) -> object:
+        return build("tiny", device="cuda", dtype=dtype, **way).assembly.facts()["halves"]  # pyright: ignore[reportArgumentType]
+
+    is_measured = torch.cuda.get_device_capability() >= (9, 0)
+    assert halves("bfloat16") == halves("bfloat16", max_num_seqs=4) == halves("float16") == is_measured
+    assert halves("float32") is halves("bfloat16", kernels="reference", attention="reference") is False
+
+
 def test_flash_attn_says_what_it_lacks() -> None:
     with pytest.raises(ValueError, match=r"kv\.block_size=16 must be a multiple of 256"):
         build("tiny", device="cuda", dtype="bfloat16", attention="flash_attn")

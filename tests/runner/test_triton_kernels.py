@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.attention_work import DecodeWork
+from nanovllm.engine.plan import StepResult
 from nanovllm.runner.graph_sizes import GraphSizes
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.step_graphs import StepShape
@@ -114,8 +115,16 @@ def test_decode_steps_in_halves_change_no_token(
         shapes.append(shape)
         return run(shape)
 
+    results, collect = [], runner.collect
+
+    def listen() -> StepResult:
+        results.append(collect())
+        return results[-1]
+
     monkeypatch.setattr(runner.graphs, "run", spy)
+    monkeypatch.setattr(runner, "collect", listen)
     assert tokens(harness, GREEDY) == expected
+    assert [result.in_halves for result in results] == [shape.in_halves for shape in shapes]
     assert {shape.num_tokens for shape in shapes if shape.in_halves} >= {2, 12}
     preempting(checkpoint, sizes)
 

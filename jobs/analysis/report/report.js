@@ -245,7 +245,8 @@ function drawSteps(view, steps) {
   const describe = (time) => {
     const i = stepAt(steps, time);
     const named = steps.each > 1 ? `steps ${steps.first[i]} to ${steps.first[i] + steps.each - 1}` : `step ${steps.first[i]}`;
-    return `${seconds(time)}: ${named}, ${phases[steps.phase[i]]}, batch ${number(steps.batch[i])}, waiting ${number(steps.waiting[i])}, ` +
+    const halves = steps.halves[i] ? `, ${steps.each > 1 ? `${steps.halves[i]} ` : ""}in halves` : "";
+    return `${seconds(time)}: ${named}, ${phases[steps.phase[i]]}${halves}, batch ${number(steps.batch[i])}, waiting ${number(steps.waiting[i])}, ` +
       `${number(steps.prefill[i])} prompt tokens, ${number(steps.sampled[i])} sampled, ${number(steps.padding[i])} padding, ` +
       `forward ${number(steps.forward[i], 3)} ms, host ${number(steps.host[i], 3)} ms, KV ${number(steps.used[i])} used, ` +
       `${number(steps.cached[i])} cached${steps.preempted[i] ? `, ${number(steps.preempted[i])} preempted` : ""}`;
