@@ -1,6 +1,7 @@
 """What report.html draws, as plain values: aggregated where there is more than a screen can show, and saying so."""
 
 import base64
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from jobs.analysis.latencies import slow_rows
 from jobs.analysis.lives import KINDS, pieces
 from jobs.analysis.prefixes import prefix_uses
 from jobs.analysis.run_figures import RunFigures
-from jobs.analysis.sweep_screen import COLUMNS, config_deltas
+from jobs.analysis.sweep_screen import COLUMNS, SHARES, config_deltas, shown_value
 from jobs.analysis.time_ledger import PLACES
 from jobs.analysis.views import flat_config
 
@@ -39,7 +40,7 @@ def run_data(figures: RunFigures) -> Data:
         "facts": _facts(figures),
         "ledger": [[place, ledger[place] / 1e6, meaning] for place, meaning in PLACES.items()],
         "findings": [[finding.text, finding.evidence] for finding in Findings(figures).top()],
-        "config": [[key, _text(value)] for key, value in flat_config(run).items()],
+        "config": [[key, shown_value(value)] for key, value in flat_config(run).items()],
         "command": " ".join(map(str, run.manifest.get("command") or [])),
         "num_blocks": run.num_blocks,
     }
@@ -69,8 +70,9 @@ def sweep_data(name: str, all_figures: list[RunFigures]) -> Data:
         "kind": "sweep",
         "name": name,
         "runs": [[run.path.name, run.status] for run in runs],
-        "deltas": [[key, [_text(value) for value in values]] for key, values in deltas.items()],
+        "deltas": [[key, [shown_value(value) for value in values]] for key, values in deltas.items()],
         "figures": [[title, [_number(fact[key]) for fact in facts]] for key, title in COLUMNS.items()],
+        "shares": [COLUMNS[key] for key in SHARES],
         "places": list(PLACES),
         "ledgers": [[figures.ledger[place] / 1e6 for place in PLACES] for figures in all_figures],
     }
@@ -80,6 +82,7 @@ def _facts(figures: RunFigures) -> list[list[str]]:
     manifest = figures.run.manifest
     counts = manifest.get("counts") or {}
     return [
+        ["started", _moment(manifest.get("clock_zero"))],
         ["model", _text((manifest.get("model") or {}).get("path"))],
         ["device", _text(manifest.get("device"))],
         ["rows", f"{counts.get('answered', 0):,} answered, {counts.get('failed', 0):,} failed" if counts else "-"],
@@ -218,6 +221,10 @@ def _rounded(values: np.ndarray, digits: int) -> list[float]:
 
 def _number(value: float) -> float | None:
     return None if value != value else float(value)
+
+
+def _moment(text: str | None) -> str:
+    return "-" if text is None else f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _text(value: object) -> str:

@@ -59,9 +59,11 @@ class Page:
         self.ask_until("document.readyState === 'complete' && document.getElementById('report') !== null", False)
 
     def ask(self, expression: str) -> Any:
-        return self._call("Runtime.evaluate", self._session, expression=expression, returnByValue=True)["result"].get(
-            "value"
+        """The expression's value; of a promise, what it comes to."""
+        answer = self._call(
+            "Runtime.evaluate", self._session, expression=expression, returnByValue=True, awaitPromise=True
         )
+        return answer["result"].get("value")
 
     def ask_until(self, expression: str, other_than: object, timeout_s: float = 20) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -75,8 +77,9 @@ class Page:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Asked to close, it ends its own processes first: killed, they would go on writing into the profile for a while.
-        self._call("Browser.close")
+        # Asked to close, it ends its own processes first: after a kill these would go on writing into the profile.
+        if self._process.poll() is None:
+            self._call("Browser.close")
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

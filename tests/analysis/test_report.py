@@ -157,29 +157,71 @@ def test_a_terminal_gets_no_escapes_from_ids(hostile: Path, capsys: pytest.Captu
     assert "\x07" not in out
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("name", ["hostile", "hostile_sweep"])
-def test_a_browser_draws_the_report_and_runs_nothing_of_the_run(name: str, request: pytest.FixtureRequest) -> None:
+@pytest.fixture(scope="module")
+def page_of_browser() -> Iterator[browser.Page]:
     program = browser.find()
     if program is None:
         pytest.skip(f"no Chromium: none of {', '.join(browser.NAMES)} is on PATH, {browser.VARIABLE} is not set")
-    report: Path = request.getfixturevalue(name) / "report.html"
     with browser.Page(program) as opened:
-        opened.open(report)
-        assert opened.ask("document.documentElement.dataset.drawn") == "true", opened.complaints
-        assert opened.ask("typeof window.pwned") == "undefined"
-        assert opened.ask("document.querySelectorAll('img, iframe, svg, link, base, [onerror]').length") == 0
-        assert "onerror=window.pwned" in opened.ask("document.body.innerText"), "shown as text"
-        assert opened.requests == [report.as_uri()], "and nothing was loaded from anywhere else"
-        assert opened.complaints == []
-        if name == "hostile":
-            before = opened.ask("document.querySelector('canvas').toDataURL()")
-            opened.ask(
-                "(() => { const c = document.querySelector('canvas'), b = c.getBoundingClientRect();"
-                "for (let i = 0; i < 9; i++) c.dispatchEvent(new WheelEvent('wheel',"
-                "{deltaY: -1, clientX: b.left + 300, clientY: b.top + 40, cancelable: true})); })()"
-            )
-            assert opened.ask_until("document.querySelector('canvas').toDataURL()", before) != before, "the wheel zooms"
+        yield opened
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["hostile", "hostile_sweep"])
+def test_a_browser_draws_the_report_and_runs_nothing_of_the_run(
+    name: str, request: pytest.FixtureRequest, page_of_browser: browser.Page
+) -> None:
+    report: Path = request.getfixturevalue(name) / "report.html"
+    opened = page_of_browser
+    opened.requests.clear()
+    opened.open(report)
+    assert opened.ask("document.documentElement.dataset.drawn") == "true", opened.complaints
+    assert opened.ask("typeof window.pwned") == "undefined"
+    assert opened.ask("document.querySelectorAll('img, iframe, svg, link, base, [onerror]').length") == 0
+    assert "onerror=window.pwned" in opened.ask("document.body.innerText"), "shown as text"
+    assert opened.ask("document.documentElement.scrollWidth <= innerWidth"), "long texts do not widen the page"
+    assert opened.requests == [report.as_uri()], "and nothing was loaded from anywhere else"
+    assert opened.complaints == []
+
+
+PICTURES = """new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>
+    done([...document.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL())))))"""
+"""What is drawn, once all that was asked for is."""
+
+
+def wheel(canvas: int, delta: int, keys: str = "") -> str:
+    """Expression that turns the wheel over a plot and answers whether the page may scroll."""
+    return f"""(() => {{
+        const canvas = document.querySelectorAll('canvas')[{canvas}], box = canvas.getBoundingClientRect();
+        return canvas.dispatchEvent(new WheelEvent('wheel', {{
+            deltaY: {delta}, clientX: box.left + box.width * 0.5, clientY: box.top + 40, cancelable: true, {keys} }}));
+    }})()"""
+
+
+@pytest.mark.browser
+def test_a_browser_zooms_the_plots(hostile: Path, page_of_browser: browser.Page) -> None:
+    """Those of time together, each of the three latencies by itself."""
+    opened = page_of_browser
+    opened.open(hostile / "report.html")
+    widths = opened.ask(
+        "[...document.querySelectorAll('canvas')].map((c) => [c.width, c.clientWidth * devicePixelRatio])"
+    )
+    assert len(widths) == 10
+    assert all(drawn == shown for drawn, shown in widths), "a picture is as wide as its place"
+    whole = opened.ask(PICTURES)
+    assert opened.ask(wheel(0, 100)) is True, "there is nothing to zoom out of: the page scrolls"
+    assert opened.ask(wheel(0, -100)) is False
+    zoomed = opened.ask(PICTURES)
+    assert [one != other for one, other in zip(whole, zoomed, strict=True)] == [True] * 7 + [False] * 3
+    opened.ask("document.querySelector('canvas').dispatchEvent(new MouseEvent('dblclick'))")
+    assert opened.ask(PICTURES) == whole
+    for canvas in range(10):
+        assert opened.ask(wheel(canvas, -100, "shiftKey: true")) is False
+    upright = opened.ask(PICTURES)
+    assert all(one != other for one, other in zip(whole, upright, strict=True))
+    assert opened.ask(wheel(7, -100)) is False
+    latency = opened.ask(PICTURES)
+    assert [one != other for one, other in zip(upright, latency, strict=True)] == [False] * 7 + [True, False, False]
 
 
 # What it shows
@@ -279,6 +321,13 @@ def test_hit_rates_by_prefix_are_those_of_the_rows_that_begin_alike(run: Path) -
             numbers[place] += amount
     assert total == 3
     assert {use.row: [use.num_requests, use.num_prompt_tokens, use.num_cached_tokens] for use in uses} == expected
+
+
+def test_prefixes_of_one_row_alone_are_not_listed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", Shape(num_rows=40, num_prefixes=30))
+    uses, total = prefix_uses(list(segments(RecordedRun(run))), 100)
+    assert [use.row for use in uses] == list(range(10)), "rows 30 to 39 begin like rows 0 to 9"
+    assert total == 10
 
 
 @pytest.mark.parametrize("name", ["run", "plain_run", "resumed_run"])
