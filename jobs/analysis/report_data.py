@@ -87,7 +87,7 @@ def _facts(figures: RunFigures) -> list[list[str]]:
         ["device", _text(manifest.get("device"))],
         ["rows", f"{counts.get('answered', 0):,} answered, {counts.get('failed', 0):,} failed" if counts else "-"],
         ["tokens", f"{figures.num_prompt_tokens:,} in, {figures.num_sampled_tokens:,} out"],
-        ["speed", f"{figures.tokens_per_s:,.1f} output tokens/s over {figures.generate_s:,.2f} s"],
+        ["speed", f"{figures.tokens_per_s:,.1f} output tokens/s over the {figures.steps_s:,.2f} s of the steps"],
         ["steps", f"{figures.num_steps:,}"],
         ["prefix cache", f"{figures.hit_rate:.1%} of the prompt tokens, {figures.tokens_saved:,} tokens saved"],
         ["preemptions", f"{figures.num_preemptions:,}, {figures.num_recomputed_tokens:,} tokens computed again"],

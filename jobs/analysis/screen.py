@@ -30,7 +30,7 @@ def screen(figures: RunFigures) -> Iterator[str]:
     )
     yield (
         f"  {answered}; {figures.num_prompt_tokens:,} tokens in, {figures.num_sampled_tokens:,} out; "
-        f"{figures.num_steps:,} steps; {figures.tokens_per_s:,.1f} output tok/s while generating"
+        f"{figures.num_steps:,} steps; {figures.tokens_per_s:,.1f} output tok/s over {figures.steps_s:,.2f} s"
     )
     yield ""
     yield from _ledger(figures)

@@ -9,7 +9,7 @@ from jobs.analysis.views import flat_config
 
 COLUMNS = {
     "wall_s": "wall s",
-    "generate_s": "generate s",
+    "steps_s": "steps s",
     "tokens_per_s": "tok/s",
     "num_steps": "steps",
     "mean_batch": "batch",

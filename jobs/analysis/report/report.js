@@ -114,7 +114,7 @@ function drawSteps(view, steps) {
 
 function drawRows(view, rows) {
   const packed = bytes(rows.pieces), pieces = new Int32Array(packed.buffer), count = rows.row.length;
-  const made = section("Rows", `${rows.each > 1 ? `Every ${rows.each}th row is drawn. ` : ""}One line a row, in order of arrival.`);
+  const made = section("Rows", `${rows.each > 1 ? `One row in ${rows.each} is drawn. ` : ""}One line a row, in order of arrival.`);
   legend(made, rows.kinds.map((name) => [name, COLORS[name]]));
   const plot = new Plot(made, view, 420, (self, pen) => {
     const [low, high] = self.rows.map((share) => share * count), size = self.inner.height / Math.max(high - low, 1e-9);
@@ -125,7 +125,7 @@ function drawRows(view, rows) {
       const x = self.x(start);
       pen.fillRect(x, TOP + (row - low) * size, Math.max(self.x(end) - x, 0.4), Math.max(size * 0.86, 0.5));
     }
-    return [[1, number(low, 0)], [0, number(high, 0)]];
+    return [[1, number(low * rows.each, 0)], [0, number(high * rows.each, 0)]];
   }, (time, share) => {
     const line = Math.floor(plot.line(share) * count);
     if (line < 0 || line >= count) return "";
@@ -146,7 +146,7 @@ function drawBlocks(view, blocks) {
   pen.putImageData(image, 0, 0);
   const per = blocks.lines > 1 ? blocks.first[1] - blocks.first[0] : data.num_blocks;
   const note = `By block id, at ${blocks.columns} instants; a line is ${per > 1 ? `${number(per)} blocks` : "one block"}` +
-    (blocks.stride > 1 ? `, of which every ${blocks.stride}th was looked at.` : ".");
+    (blocks.stride > 1 ? `, one in ${blocks.stride} of which was looked at.` : ".");
   const made = section("Block map", note);
   legend(made, [["in use", COLORS.used], ["cached", COLORS.cached], ["free", COLORS.free]]);
   const spacing = (blocks.end - blocks.start) / Math.max(blocks.columns - 1, 1);
