@@ -30,7 +30,7 @@ Data = dict[str, Any]
 
 
 def run_data(figures: RunFigures) -> Data:
-    """Times are milliseconds since the run's clock_zero."""
+    """Times are milliseconds since the run's clock_zero, the pauses between its attempts left out."""
     run, ledger = figures.run, figures.ledger
     data: Data = {
         "kind": "run",
@@ -43,6 +43,7 @@ def run_data(figures: RunFigures) -> Data:
         "config": [[key, shown_value(value)] for key, value in flat_config(run).items()],
         "command": " ".join(map(str, run.manifest.get("command") or [])),
         "num_blocks": run.num_blocks,
+        "paused": figures.paused_s * 1e3,
     }
     if figures.num_steps:
         data["steps"] = _steps(figures)
@@ -100,7 +101,8 @@ def _steps(figures: RunFigures) -> Data:
     A mark has the sums of tokens, times and preemptions, the means of the rest, and the commonest phase.
     """
     column = figures.run.step_column
-    order = np.argsort(column("end_ns"), kind="stable")
+    start_ns, end_ns = figures.step_spans
+    order = np.argsort(end_ns, kind="stable")
     each = -(-len(order) // MOST_STEPS)
     firsts = np.arange(0, len(order), each)
     lasts = np.append(firsts[1:], len(order)) - 1
@@ -118,8 +120,8 @@ def _steps(figures: RunFigures) -> Data:
     sampled = np.bincount(figures.run.step_sequences.step_row, figures.run.step_sequences.sampled, len(order))
     return {
         "each": each,
-        "start": _rounded(column("start_ns")[order][firsts] / 1e6, 3),
-        "end": _rounded(np.maximum.reduceat(column("end_ns")[order], firsts) / 1e6, 3),
+        "start": _rounded(start_ns[order][firsts] / 1e6, 3),
+        "end": _rounded(np.maximum.reduceat(end_ns[order], firsts) / 1e6, 3),
         "first": column("step")[order][firsts].tolist(),
         "phase": commonest.tolist(),
         "batch": mean("batch_size"),
@@ -154,7 +156,8 @@ def _rows(figures: RunFigures) -> Data:
         line = np.full(len(at), -1, np.int64)
         line[there] = place[segment.request_rows[sort[at[there]]]]
         drawn = (line >= 0) & (found.end_ns > found.start_ns)
-        start, end = found.start_ns[drawn] // 1000, found.end_ns[drawn] // 1000
+        paused = figures.pauses[segment.attempt.number]
+        start, end = (found.start_ns[drawn] - paused) // 1000, (found.end_ns[drawn] - paused) // 1000
         flat.append(np.stack([line[drawn], found.kind[drawn], start, end - start], axis=1))
     all_pieces = np.concatenate(flat) if flat else np.empty((0, 4), np.int64)
     chosen = requests.select(["row", "sample", "id", "num_prompt_tokens", "num_output_tokens"]).take(order)
@@ -170,10 +173,10 @@ def _rows(figures: RunFigures) -> Data:
 
 
 def _blocks(figures: RunFigures, num_blocks: int) -> Data:
-    column = figures.run.step_column
-    edges = np.linspace(int(column("start_ns").min()), int(column("end_ns").max()), MAP_COLUMNS).astype(np.int64)
+    start_ns, end_ns = figures.step_spans
+    edges = np.linspace(int(start_ns.min()), int(end_ns.max()), MAP_COLUMNS).astype(np.int64)
     of_first = [segment for segment in figures.segments if segment.replica == figures.segments[0].replica]
-    found = block_map(of_first, num_blocks, edges)
+    found = block_map(of_first, num_blocks, edges, figures.pauses)
     return {
         "start": edges[0] / 1e6,
         "end": edges[-1] / 1e6,

@@ -7,6 +7,7 @@ import numpy as np
 
 from jobs.analysis import tables
 from jobs.analysis.latencies import Latencies
+from jobs.analysis.pauses import of_steps, pauses_before
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.segments import Segment, segments
 from jobs.analysis.time_ledger import StepTimes, recomputed_tokens, span, step_times, time_ledger
@@ -56,6 +57,21 @@ class RunFigures:
                 before = found.get(segment.attempt.number, (first, last))
                 found[segment.attempt.number] = min(first, before[0]), max(last, before[1])
         return sum(last - first for first, last in found.values()) / 1e9
+
+    @cached_property
+    def pauses(self) -> dict[int, int]:
+        return pauses_before(self.segments)
+
+    @property
+    def paused_s(self) -> float:
+        """Between attempts; no part of the wall time."""
+        return max(self.pauses.values(), default=0) / 1e9
+
+    @cached_property
+    def step_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """[steps] Start and end of each in nanoseconds, the pauses between attempts left out, for plots over time."""
+        paused = of_steps(self.pauses, self.run.steps["attempt"].to_numpy())
+        return self.run.step_column("start_ns") - paused, self.run.step_column("end_ns") - paused
 
     @property
     def num_steps(self) -> int:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,7 +27,7 @@ from jobs.analysis.run_figures import RunFigures
 from jobs.analysis.segments import segments
 from jobs.analysis.sweep_screen import COLUMNS
 from tests.analysis import browser
-from tests.analysis.editing import Row, copied, edit_manifest, rows_of
+from tests.analysis.editing import Row, copied, edit, edit_manifest, rows_of
 from tests.analysis.made_run import Shape, make_run
 
 _WRAPPED = ["{}", '">{}', "'>{}", "</script>{}", "--></style>{}", "]]>{}", "\u2028{}"]
@@ -260,6 +261,36 @@ def test_the_report_has_every_step_and_every_row(name: str, request: pytest.Fixt
     for found, total in zip(data["latencies"], (len(requests),) * 3, strict=True):
         assert sum(found["counts"]) <= total
     assert sum(data["latencies"][0]["counts"]) == len(requests)
+
+
+def test_a_night_between_attempts_takes_no_room(resumed_run: Path, tmp_path: Path) -> None:
+    """Each attempt but the first was an hour later."""
+    near, far = copied(resumed_run, tmp_path / "near" / "run"), copied(resumed_run, tmp_path / "far" / "run")
+    hour = 3_600_000_000_000
+
+    def later(rows: list[Row]) -> None:
+        for row in rows:
+            times = [name for name in row if name.endswith("_ns") and row[name] is not None]
+            row.update({name: row[name] + hour * row["attempt"] for name in times})
+
+    def later_attempts(manifest: Row) -> None:
+        for attempt in manifest["attempts"]:
+            late = attempt["attempt"]
+            started = datetime.fromisoformat(attempt["started"]) + timedelta(hours=late)
+            attempt["started"] = started.isoformat()
+            for phase in attempt["phases"]:
+                phase |= {name: phase[name] + hour * late for name in ("start_ns", "end_ns")}
+
+    edit(far, "steps", later)
+    edit(far, "requests", later)
+    edit_manifest(far, later_attempts)
+    for path in (near, far):
+        assert main("analyze", [f"run={path}"]) == 0
+    data, moved = data_of(near), data_of(far)
+    assert max(rows["start_ns"] for rows in rows_of(far, "steps")) > 2 * hour
+    assert moved["paused"] - data["paused"] == pytest.approx(2 * hour / 1e6)
+    for drawn in ("steps", "rows", "blocks", "ledger", "prefixes"):
+        assert moved[drawn] == data[drawn]
 
 
 def test_many_steps_become_marks_that_keep_their_sums(

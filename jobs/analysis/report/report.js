@@ -47,9 +47,13 @@ function line(plot, pen, steps, values, color, top) {
   pen.strokeStyle = color;
   pen.lineWidth = 1.2;
   pen.beginPath();
+  let before = -Infinity;
   for (let i = first; i <= last; i++) {
-    pen.lineTo(plot.x(begin(steps, i)), plot.y(values[i] / top));
-    pen.lineTo(plot.x(steps.end[i]), plot.y(values[i] / top));
+    const x = plot.x(begin(steps, i)), y = plot.y(values[i] / top);
+    if (x - before > 4) pen.moveTo(x, y); // nothing ran: an attempt was loading
+    else pen.lineTo(x, y);
+    before = plot.x(steps.end[i]);
+    pen.lineTo(before, y);
   }
   pen.stroke();
 }
@@ -65,7 +69,7 @@ function drawSteps(view, steps) {
       `forward ${number(steps.forward[i], 3)} ms, host ${number(steps.host[i], 3)} ms, KV ${number(steps.used[i])} used, ` +
       `${number(steps.cached[i])} cached${steps.preempted[i] ? `, ${number(steps.preempted[i])} preempted` : ""}`;
   };
-  section("Over time", "Times count from the run's start. In each plot the wheel zooms into the time, shift and wheel upright; dragging moves; a double click shows everything; what is under the pointer is told below.");
+  section("Over time", `Times count from the run's start${data.paused ? `, without the ${seconds(data.paused)} between its attempts` : ""}. In each plot the wheel zooms into the time, shift and wheel upright; dragging moves; a double click shows everything; what is under the pointer is told below.`);
   const batch = section("Steps: rows in the batch", about);
   legend(batch, [...phases.map((name) => [name, COLORS[name]]), ["preemptions", COLORS.preempted]]);
   const top = Math.max(most(steps.batch), 1);
@@ -240,18 +244,18 @@ function drawSweep() {
   const rows = data.runs.map(([, status], i) => [i + 1, ...data.deltas.map(([, values]) => values[i]),
     ...data.figures.map(([title, values]) => figure(title, values[i])), status]);
   section("What differs, and what came out").append(table(head, rows, head.map((_, i) => i).slice(1 + data.deltas.length, -1)));
-  const few = data.deltas.length > 2 ? [] : data.deltas, keys = few.map(([key]) => key).join(", ");
-  const run = (i) => [i + 1, ...few.map(([, values]) => values[i])].join("  ");
+  const few = data.deltas.length > 2 ? [] : data.deltas;
+  const run = (i) => (few.length ? `${i + 1}: ${few.map(([, values]) => values[i]).join(", ")}` : i + 1);
   const grid = element("div", undefined, "columns");
-  section("Figures").append(grid);
+  section("Figures", ["Of each run, by its number above", ...few.map(([key]) => key)].join(", ")).append(grid);
   for (const [title, values] of data.figures) {
     const part = element("div"), top = Math.max(most(values.map((value) => value || 0)), 1e-12);
-    part.append(element("p", title), table([`run  ${keys}`, "", ""], values.map((value, i) => [run(i), figure(title, value), bar((value || 0) / top)]), [1]));
+    part.append(element("p", title), table(["", "", ""], values.map((value, i) => [run(i), figure(title, value), bar((value || 0) / top)]), [1]));
     grid.append(part);
   }
   const walls = data.ledgers.map((places) => places.reduce((a, b) => a + b, 0) || 1);
   const shown = data.places.map((_, k) => k).filter((k) => isShown([data.places[k], most(data.ledgers.map((places) => places[k]))]));
-  section("Share of the wall time").append(table([`run  ${keys}`, ...shown.map((k) => data.places[k])],
+  section("Share of the wall time").append(table(["run", ...shown.map((k) => data.places[k])],
     data.ledgers.map((places, i) => [run(i), ...shown.map((k) => percent(places[k] / walls[i]))]), shown.map((_, k) => k + 1)));
   section("Runs").append(table(["run", "directory"], data.runs.map(([name], i) => [i + 1, name]), []));
 }
