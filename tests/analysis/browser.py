@@ -53,9 +53,16 @@ class Page:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._call(f"{domain}.enable", self._session)
 
+    def refuse(self, *addresses: str) -> None:
+        """From now on none of these is asked for; * stands for anything."""
+        self._call("Network.setBlockedURLs", self._session, urls=list(addresses))
+
+    def go(self, url: str) -> None:
+        self._call("Page.navigate", self._session, url=url)
+
     def open(self, path: Path) -> None:
-        """Returns when the page has loaded."""
-        self._call("Page.navigate", self._session, url=path.as_uri())
+        """Returns when the report has loaded."""
+        self.go(path.as_uri())
         self.ask_until("document.readyState === 'complete' && document.getElementById('report') !== null", False)
 
     def ask(self, expression: str) -> Any:
