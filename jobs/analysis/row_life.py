@@ -178,14 +178,11 @@ class SequenceLife:
         each = (end[rows[-1]] - before) / 1e6 / len(rows)
         least, most = batch[rows].min(), batch[rows].max()
         sizes = f"a batch of {most}" if least == most else f"batches of {least} to {most}"
+        took = f"step, {each:.1f} ms," if len(rows) == 1 else f"steps, {each:.1f} ms each,"
         steps = f"step {step[rows[0]]}" if len(rows) == 1 else f"steps {step[rows[0]]} to {step[rows[-1]]}"
-        several = "s" if len(rows) > 1 else ""
         tail = int(tail_steps(segment)[rows].sum())
         alone = f"; {tail:,} of them in the tail, with few rows left" if tail else ""
-        yield (
-            f"  {self._ms(end[rows[-1]]):9.1f} ms  {steps}: {len(rows):,} decode "
-            f"step{several}, {each:.1f} ms each, in {sizes}{alone}"
-        )
+        yield (f"  {self._ms(end[rows[-1]]):9.1f} ms  {steps}: {len(rows):,} decode {took} in {sizes}{alone}")
 
     def _preempted(self, row: int) -> Iterator[str]:
         segment, events = self.segment, self.segment.events
