@@ -31,6 +31,8 @@ function number(value, digits) {
 }
 
 const seconds = (ms) => `${number(ms / 1000, 3)} s`;
+// With as many digits as tell one from the next.
+const milliseconds = (ms, step) => `${number(ms, Math.max(0, Math.ceil(-Math.log10(step))))} ms`;
 const fixed = (value, digits) => value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const percent = (share) => `${fixed(share * 100, 1)} %`;
 
@@ -124,7 +126,7 @@ class View {
   ticks() {
     const span = this.to - this.from, made = [], step = niceStep(span / 8);
     for (let t = Math.ceil(this.from / step) * step; t <= this.to; t += step) {
-      made.push([t, span < 50 ? `${number(t, 2)} ms` : seconds(t)]);
+      made.push([t, span < 50 ? milliseconds(t, step) : seconds(t)]);
     }
     return made;
   }
@@ -142,14 +144,15 @@ class BinView extends View {
   value(place) { return this.low * Math.exp(place * this.growth); }
 
   ticks() {
-    const low = this.value(this.from), high = this.value(this.to), values = [];
+    const low = this.value(this.from), high = this.value(this.to), made = [];
+    const add = (v, step) => made.push([Math.log(v / this.low) / this.growth, milliseconds(v, step)]);
     if (high / low < 20) {
       const step = niceStep((high - low) / 4);
-      for (let v = Math.ceil(low / step) * step; v <= high; v += step) values.push(v);
+      for (let v = Math.ceil(low / step) * step; v <= high; v += step) add(v, step);
     } else {
-      for (let v = 10 ** Math.ceil(Math.log10(low)); v <= high; v *= 10) values.push(v);
+      for (let v = 10 ** Math.ceil(Math.log10(low)); v <= high; v *= 10) add(v, v);
     }
-    return values.map((v) => [Math.log(v / this.low) / this.growth, `${number(v)} ms`]);
+    return made;
   }
 }
 
