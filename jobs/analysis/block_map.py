@@ -1,5 +1,6 @@
 """Which blocks were in use or cached at which time, small enough to draw."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +39,20 @@ def event_times(segment: Segment) -> np.ndarray:
     return np.maximum.accumulate(np.where(is_late, end, start))
 
 
-def block_map(segments: list[Segment], num_blocks: int, edges_ns: np.ndarray) -> BlockMap:
-    """State at each of `edges_ns` [columns]; attempts follow one another, and each begins with an empty cache."""
+def block_map(
+    segments: list[Segment], num_blocks: int, edges_ns: np.ndarray, pauses: Mapping[int, int] | None = None
+) -> BlockMap:
+    """State at each of `edges_ns` [columns]; attempts follow one another, and each begins with an empty cache.
+
+    `pauses` has what was taken off the edges within each attempt.
+    """
     stride = -(-num_blocks // MOST_BLOCKS)
     chosen = np.arange(0, num_blocks, stride)
     state = np.zeros((len(chosen), len(edges_ns)), np.int8)
     for segment in segments:
         if segment.ledger is not None and segment.num_steps and len(segment.events):
-            _draw(segment, segment.ledger, chosen, edges_ns, state)
+            paused = (pauses or {}).get(segment.attempt.number, 0)
+            _draw(segment, segment.ledger, chosen, edges_ns + paused, state)
     per_line = -(-len(chosen) // MOST_LINES)
     firsts = np.arange(0, len(chosen), per_line)
     counts = np.diff(np.append(firsts, len(chosen)))[:, None]

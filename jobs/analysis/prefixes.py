@@ -22,7 +22,7 @@ class PrefixUse:
 
 
 def prefix_uses(segments: list[Segment], most: int) -> tuple[list[PrefixUse], int]:
-    """(the prefixes with the most requests, number of all prefixes); none where nothing was ever published."""
+    """(the shared prefixes with the most requests, number of all that are shared); none where nothing was published."""
     found: dict[int, list[np.ndarray]] = {}
     for segment in segments:
         hashes, seq_ids = _first_blocks(segment)
@@ -36,7 +36,8 @@ def prefix_uses(segments: list[Segment], most: int) -> tuple[list[PrefixUse], in
         of_request = hashes[order][place[there]]
         for block_hash in np.unique(of_request):
             found.setdefault(int(block_hash), []).append(columns[of_request == block_hash])
-    uses = [_use(block_hash, np.concatenate(parts)) for block_hash, parts in found.items()]
+    all_uses = (_use(block_hash, np.concatenate(parts)) for block_hash, parts in found.items())
+    uses = [use for use in all_uses if use.num_requests > 1 or use.num_cached_tokens]
     return sorted(uses, key=lambda use: (-use.num_requests, use.row))[:most], len(uses)
 
 

@@ -1,6 +1,7 @@
 """What report.html draws, as plain values: aggregated where there is more than a screen can show, and saying so."""
 
 import base64
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from jobs.analysis.latencies import slow_rows
 from jobs.analysis.lives import KINDS, pieces
 from jobs.analysis.prefixes import prefix_uses
 from jobs.analysis.run_figures import RunFigures
-from jobs.analysis.sweep_screen import COLUMNS, config_deltas
+from jobs.analysis.sweep_screen import COLUMNS, SHARES, config_deltas, shown_value
 from jobs.analysis.time_ledger import PLACES
 from jobs.analysis.views import flat_config
 
@@ -29,7 +30,7 @@ Data = dict[str, Any]
 
 
 def run_data(figures: RunFigures) -> Data:
-    """Times are milliseconds since the run's clock_zero."""
+    """Times are milliseconds since the run's clock_zero, the pauses between its attempts left out."""
     run, ledger = figures.run, figures.ledger
     data: Data = {
         "kind": "run",
@@ -39,9 +40,10 @@ def run_data(figures: RunFigures) -> Data:
         "facts": _facts(figures),
         "ledger": [[place, ledger[place] / 1e6, meaning] for place, meaning in figures.meanings.items()],
         "findings": [[finding.text, finding.evidence] for finding in Findings(figures).top()],
-        "config": [[key, _text(value)] for key, value in flat_config(run).items()],
+        "config": [[key, shown_value(value)] for key, value in flat_config(run).items()],
         "command": " ".join(map(str, run.manifest.get("command") or [])),
         "num_blocks": run.num_blocks,
+        "paused": figures.paused_s * 1e3,
     }
     if figures.num_steps:
         data["steps"] = _steps(figures)
@@ -69,8 +71,9 @@ def sweep_data(name: str, all_figures: list[RunFigures]) -> Data:
         "kind": "sweep",
         "name": name,
         "runs": [[run.path.name, run.status] for run in runs],
-        "deltas": [[key, [_text(value) for value in values]] for key, values in deltas.items()],
+        "deltas": [[key, [shown_value(value) for value in values]] for key, values in deltas.items()],
         "figures": [[title, [_number(fact[key]) for fact in facts]] for key, title in COLUMNS.items()],
+        "shares": [COLUMNS[key] for key in SHARES],
         "places": list(PLACES),
         "ledgers": [[figures.ledger[place] / 1e6 for place in PLACES] for figures in all_figures],
     }
@@ -80,11 +83,12 @@ def _facts(figures: RunFigures) -> list[list[str]]:
     manifest = figures.run.manifest
     counts = manifest.get("counts") or {}
     return [
+        ["started", _moment(manifest.get("clock_zero"))],
         ["model", _text((manifest.get("model") or {}).get("path"))],
         ["device", _text(manifest.get("device"))],
         ["rows", f"{counts.get('answered', 0):,} answered, {counts.get('failed', 0):,} failed" if counts else "-"],
         ["tokens", f"{figures.num_prompt_tokens:,} in, {figures.num_sampled_tokens:,} out"],
-        ["speed", f"{figures.tokens_per_s:,.1f} output tokens/s over {figures.generate_s:,.2f} s"],
+        ["speed", f"{figures.tokens_per_s:,.1f} output tokens/s over the {figures.steps_s:,.2f} s of the steps"],
         ["steps", f"{figures.num_steps:,}"],
         ["prefix cache", f"{figures.hit_rate:.1%} of the prompt tokens, {figures.tokens_saved:,} tokens saved"],
         ["preemptions", f"{figures.num_preemptions:,}, {figures.num_recomputed_tokens:,} tokens computed again"],
@@ -98,7 +102,8 @@ def _steps(figures: RunFigures) -> Data:
     phase.
     """
     column = figures.run.step_column
-    order = np.argsort(column("end_ns"), kind="stable")
+    start_ns, end_ns = figures.step_spans
+    order = np.argsort(end_ns, kind="stable")
     each = -(-len(order) // MOST_STEPS)
     firsts = np.arange(0, len(order), each)
     lasts = np.append(firsts[1:], len(order)) - 1
@@ -116,8 +121,8 @@ def _steps(figures: RunFigures) -> Data:
     sampled = np.bincount(figures.run.step_sequences.step_row, figures.run.step_sequences.sampled, len(order))
     return {
         "each": each,
-        "start": _rounded(column("start_ns")[order][firsts] / 1e6, 3),
-        "end": _rounded(np.maximum.reduceat(column("end_ns")[order], firsts) / 1e6, 3),
+        "start": _rounded(start_ns[order][firsts] / 1e6, 3),
+        "end": _rounded(np.maximum.reduceat(end_ns[order], firsts) / 1e6, 3),
         "first": column("step")[order][firsts].tolist(),
         "phase": commonest.tolist(),
         "halves": _rounded(summed(tables.flags(figures.run.steps, "in_halves")), 0),
@@ -153,7 +158,8 @@ def _rows(figures: RunFigures) -> Data:
         line = np.full(len(at), -1, np.int64)
         line[there] = place[segment.request_rows[sort[at[there]]]]
         drawn = (line >= 0) & (found.end_ns > found.start_ns)
-        start, end = found.start_ns[drawn] // 1000, found.end_ns[drawn] // 1000
+        paused = figures.pauses[segment.attempt.number]
+        start, end = (found.start_ns[drawn] - paused) // 1000, (found.end_ns[drawn] - paused) // 1000
         flat.append(np.stack([line[drawn], found.kind[drawn], start, end - start], axis=1))
     all_pieces = np.concatenate(flat) if flat else np.empty((0, 4), np.int64)
     chosen = requests.select(["row", "sample", "id", "num_prompt_tokens", "num_output_tokens"]).take(order)
@@ -169,10 +175,10 @@ def _rows(figures: RunFigures) -> Data:
 
 
 def _blocks(figures: RunFigures, num_blocks: int) -> Data:
-    column = figures.run.step_column
-    edges = np.linspace(int(column("start_ns").min()), int(column("end_ns").max()), MAP_COLUMNS).astype(np.int64)
+    start_ns, end_ns = figures.step_spans
+    edges = np.linspace(int(start_ns.min()), int(end_ns.max()), MAP_COLUMNS).astype(np.int64)
     of_first = [segment for segment in figures.segments if segment.replica == figures.segments[0].replica]
-    found = block_map(of_first, num_blocks, edges)
+    found = block_map(of_first, num_blocks, edges, figures.pauses)
     return {
         "start": edges[0] / 1e6,
         "end": edges[-1] / 1e6,
@@ -220,6 +226,10 @@ def _rounded(values: np.ndarray, digits: int) -> list[float]:
 
 def _number(value: float) -> float | None:
     return None if value != value else float(value)
+
+
+def _moment(text: str | None) -> str:
+    return "-" if text is None else f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _text(value: object) -> str:

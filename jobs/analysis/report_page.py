@@ -9,6 +9,8 @@ from typing import Any
 _UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 """Characters that could end a script element, or a line of one, wherever they stand in its JSON."""
 
+_PARTS = ("report.css", "plots.js", "report.js")
+
 
 def page(data: dict[str, Any]) -> bytes:
     """The whole document. Its script and style are ours and allowed by their hashes; nothing else may load or run.
@@ -16,7 +18,8 @@ def page(data: dict[str, Any]) -> bytes:
     `data` stands in it as JSON that the browser does not execute; the script puts texts of it into the page as text.
     """
     folder = files("jobs.analysis") / "report"
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, plots, report = ((folder / name).read_text(encoding="utf-8") for name in _PARTS)
+    script = plots + report
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
         "base-uri 'none'; form-action 'none'"

@@ -176,15 +176,15 @@ class SequenceLife:
         step, end, batch = (segment.column(name) for name in ("step", "end_ns", "batch_size"))
         before = end[rows[0] - 1] if rows[0] else segment.column("start_ns")[rows[0]]
         each = (end[rows[-1]] - before) / 1e6 / len(rows)
-        few = batch[rows].min(), batch[rows].max()
+        least, most = batch[rows].min(), batch[rows].max()
+        sizes = f"a batch of {most}" if least == most else f"batches of {least} to {most}"
+        took = f"step, {each:.1f} ms," if len(rows) == 1 else f"steps, {each:.1f} ms each,"
+        steps = f"step {step[rows[0]]}" if len(rows) == 1 else f"steps {step[rows[0]]} to {step[rows[-1]]}"
         tail = int(tail_steps(segment)[rows].sum())
         alone = f"; {tail:,} of them in the tail, with few rows left" if tail else ""
         halves = int(segment.in_halves[rows].sum())
         apart = f"; {halves:,} of them in halves" if halves else ""
-        yield (
-            f"  {self._ms(end[rows[-1]]):9.1f} ms  steps {step[rows[0]]} to {step[rows[-1]]}: {len(rows):,} decode "
-            f"steps, {each:.1f} ms each, in batches of {few[0]} to {few[1]}{apart}{alone}"
-        )
+        yield f"  {self._ms(end[rows[-1]]):9.1f} ms  {steps}: {len(rows):,} decode {took} in {sizes}{apart}{alone}"
 
     def _preempted(self, row: int) -> Iterator[str]:
         segment, events = self.segment, self.segment.events

@@ -7,6 +7,7 @@ import numpy as np
 
 from jobs.analysis import tables
 from jobs.analysis.latencies import Latencies
+from jobs.analysis.pauses import of_steps, pauses_before
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.segments import Segment, segments
 from jobs.analysis.time_ledger import DECODE, PLACES, StepTimes, recomputed_tokens, span, step_times, time_ledger
@@ -56,6 +57,32 @@ class RunFigures:
         spans = [span(segment) for segment in recorded if segment.replica == self.segments[0].replica]
         return sum(found.generate_end_ns - found.generate_start_ns for found in spans) / 1e9
 
+    @cached_property
+    def steps_s(self) -> float:
+        """From the first step's start to the last one's end, as a run itself takes its speed; of all attempts."""
+        found: dict[int, tuple[int, int]] = {}
+        for segment in self.segments:
+            if segment.num_steps:
+                first, last = int(segment.column("start_ns").min()), int(segment.column("end_ns").max())
+                before = found.get(segment.attempt.number, (first, last))
+                found[segment.attempt.number] = min(first, before[0]), max(last, before[1])
+        return sum(last - first for first, last in found.values()) / 1e9
+
+    @cached_property
+    def pauses(self) -> dict[int, int]:
+        return pauses_before(self.segments)
+
+    @property
+    def paused_s(self) -> float:
+        """Between attempts; no part of the wall time."""
+        return max(self.pauses.values(), default=0) / 1e9
+
+    @cached_property
+    def step_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """[steps] Start and end of each in nanoseconds, the pauses between attempts left out, for plots over time."""
+        paused = of_steps(self.pauses, self.run.steps["attempt"].to_numpy())
+        return self.run.step_column("start_ns") - paused, self.run.step_column("end_ns") - paused
+
     @property
     def num_steps(self) -> int:
         return self.run.steps.num_rows
@@ -72,7 +99,7 @@ class RunFigures:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.num_sampled_tokens / self.generate_s if self.generate_s else 0.0
+        return self.num_sampled_tokens / self.steps_s if self.steps_s else 0.0
 
     @cached_property
     def num_prompt_tokens(self) -> int:
@@ -137,6 +164,7 @@ class RunFigures:
         return {
             "wall_s": self.wall_s,
             "generate_s": self.generate_s,
+            "steps_s": self.steps_s,
             "output_tokens": self.num_sampled_tokens,
             "tokens_per_s": self.tokens_per_s,
             "num_steps": self.num_steps,

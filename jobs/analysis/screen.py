@@ -30,7 +30,7 @@ def screen(figures: RunFigures) -> Iterator[str]:
     )
     yield (
         f"  {answered}; {figures.num_prompt_tokens:,} tokens in, {figures.num_sampled_tokens:,} out; "
-        f"{figures.num_steps:,} steps; {figures.tokens_per_s:,.1f} output tok/s while generating"
+        f"{figures.num_steps:,} steps; {figures.tokens_per_s:,.1f} output tok/s over {figures.steps_s:,.2f} s"
     )
     yield ""
     yield from _ledger(figures)
@@ -67,13 +67,14 @@ def _ledger(figures: RunFigures) -> Iterator[str]:
 
 def _plots(figures: RunFigures) -> Iterator[str]:
     column = figures.run.step_column
-    start, end = column("start_ns"), column("end_ns")
+    start, end = figures.step_spans
     whole = (int(start.min()), int(end.max()))
     order = np.argsort(end, kind="stable")
     ends = end[order]
     # A step has its values since the step before it ended; replicas and attempts stand one after the other in time.
     starts = np.maximum(start[order], np.concatenate([[whole[0]], ends[:-1]]))
-    yield f"over time, from {whole[0] / 1e9:.1f} to {whole[1] / 1e9:.1f} s"
+    left_out = f", without the {figures.paused_s:,.1f} s between attempts" if figures.paused_s else ""
+    yield f"over time, from {whole[0] / 1e9:.1f} to {whole[1] / 1e9:.1f} s{left_out}"
     sampled = np.bincount(figures.run.step_sequences.step_row, figures.run.step_sequences.sampled, figures.num_steps)
     rate = rate_over_time(end, sampled, PLOT_WIDTH, whole=whole)
     yield f"  output tok/s  {spark(rate, rate.max())}  up to {rate.max():,.0f}"

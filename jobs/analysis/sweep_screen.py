@@ -4,23 +4,23 @@ from collections.abc import Iterator, Sequence
 
 from jobs.analysis.recorded_run import RecordedRun
 from jobs.analysis.run_figures import RunFigures
-from jobs.analysis.time_ledger import PLACES
+from jobs.analysis.time_ledger import PLACES, UNRECORDED
 from jobs.analysis.views import flat_config
 
 COLUMNS = {
     "wall_s": "wall s",
-    "generate_s": "generate s",
+    "steps_s": "steps s",
     "tokens_per_s": "tok/s",
     "num_steps": "steps",
     "mean_batch": "batch",
-    "mean_kv_use": "KV",
+    "mean_kv_use": "KV use",
     "prefix_hit_rate": "hits",
     "preemptions": "preempted",
     "ttft_p50_ms": "TTFT p50 ms",
-    "ttft_p99_ms": "p99",
+    "ttft_p99_ms": "TTFT p99 ms",
     "token_p50_ms": "ms/token",
 }
-_SHARES = ("mean_kv_use", "prefix_hit_rate")
+SHARES = ("mean_kv_use", "prefix_hit_rate")
 
 
 def config_deltas(runs: Sequence[RecordedRun]) -> dict[str, list[object]]:
@@ -39,17 +39,18 @@ def sweep_screen(all_figures: Sequence[RunFigures]) -> Iterator[str]:
     yield ""
     header = ["", *deltas, *COLUMNS.values(), "status"]
     rows = [
-        [str(number), *(_value(deltas[key][number - 1]) for key in deltas)]
+        [str(number), *(shown_value(deltas[key][number - 1]) for key in deltas)]
         + [_number(name, facts[number - 1][name]) for name in COLUMNS]
         + [runs[number - 1].status]
         for number in range(1, len(runs) + 1)
     ]
     yield from _aligned([header, *rows])
     yield ""
-    shares = [["", *PLACES]]
+    places = [place for place in PLACES if place != UNRECORDED or any(f.ledger[place] for f in all_figures)]
+    shares = [["", *places]]
     for number, figures in enumerate(all_figures, start=1):
         wall = sum(figures.ledger.values()) or 1.0
-        shares.append([str(number), *(f"{figures.ledger[place] / wall:.1%}" for place in PLACES)])
+        shares.append([str(number), *(f"{figures.ledger[place] / wall:.1%}" for place in places)])
     yield "share of the wall time"
     yield from _aligned(shares)
     yield ""
@@ -57,14 +58,15 @@ def sweep_screen(all_figures: Sequence[RunFigures]) -> Iterator[str]:
         yield f"{number}  {run.path}"
 
 
-def _value(value: object) -> str:
-    return "null" if value is None else str(value)
+def shown_value(value: object) -> str:
+    """As it is written on a command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _number(name: str, value: float) -> str:
     if value != value:
         return "-"
-    if name in _SHARES:
+    if name in SHARES:
         return f"{value:.1%}"
     return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.2f}"
 

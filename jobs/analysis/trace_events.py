@@ -12,28 +12,30 @@ Event = dict[str, object]
 
 PHASES, SCHEDULER, DEVICE = 1, 2, 3
 """Threads of a replica's engine; its rows are threads of another process, one for each lane."""
-_PROCESSES = 3  # of a replica: engine, rows, counters
+_FIRST_PROCESS = 1_000_001
+"""Above any thread's number: the viewer takes a thread of its process's number for the main one, and lists it first."""
 
 
 def trace_events(run: RecordedRun) -> Iterator[Event]:
     """Times are microseconds since the run's clock_zero; attempts follow one another on the same tracks."""
     named: set[int] = set()
     for segment in segments(run):
-        engine, rows, counters = (segment.replica * _PROCESSES + number for number in (1, 2, 3))
+        engine = _FIRST_PROCESS + 2 * segment.replica
+        rows = engine + 1
         if segment.replica not in named:
             named.add(segment.replica)
-            yield from _names(segment.replica, engine, rows, counters)
+            yield from _names(segment.replica, engine, rows)
         yield from _phases(segment, engine)
         yield from _host(segment, engine)
         yield from _device(segment, engine)
         yield from _rows(segment, rows)
-        yield from _counters(segment, counters)
+        yield from _counters(segment, engine)
 
 
-def _names(replica: int, engine: int, rows: int, counters: int) -> Iterator[Event]:
-    for order, (pid, name) in enumerate(((engine, "engine"), (counters, "KV and queues"), (rows, "rows"))):
+def _names(replica: int, engine: int, rows: int) -> Iterator[Event]:
+    for pid, name in ((engine, "engine"), (rows, "rows")):
         yield _meta("process_name", pid, 0, name=f"replica {replica}: {name}")
-        yield _meta("process_sort_index", pid, 0, sort_index=replica * _PROCESSES + order)
+        yield _meta("process_sort_index", pid, 0, sort_index=pid)
     for tid, name in ((PHASES, "phases"), (SCHEDULER, "scheduler"), (DEVICE, "device")):
         yield _meta("thread_name", engine, tid, name=name)
         yield _meta("thread_sort_index", engine, tid, sort_index=tid)

@@ -1,5 +1,6 @@
 """The records of one run, or of several, as views that SQL can ask."""
 
+import re
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -30,6 +31,8 @@ _ANSWER_TYPES = {
 }
 """Columns that every generations file has; None where the type is the values' own."""
 _MAX_QUOTED = 40
+_MAX_ROWS, _MAX_WIDTH, _MAX_CELL, _USUAL_CELL = 200, 100_000, 100, 40
+"""What is drawn of an answer: of more it says how many there are, and puts dots."""
 
 
 _CONFINED = (
@@ -76,7 +79,17 @@ def query(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
         answer = connection.sql(sql)
         return "" if answer is None else _drawn(answer)
     except duckdb.Error as error:
-        raise UsageError(f"sql={given}: {_in_one_line(str(error))}") from error
+        raise UsageError(f"sql={given}: {_in_one_line(str(error))}{_cure(connection, str(error))}") from error
+
+
+def _cure(connection: duckdb.DuckDBPyConnection, message: str) -> str:
+    """For the commonest mistake: a key of the configuration, taken for a column of another table."""
+    taken_for_table = re.search(r'Referenced table "(\w+)" not found', message)
+    if taken_for_table is None:
+        return ""
+    columns = connection.execute("select column_name from information_schema.columns").fetchall()
+    keys = sorted({name for (name,) in columns if name.startswith(f"{taken_for_table[1]}.")})
+    return f'; the name of such a column stands in double quotes: "{keys[0]}"' if keys else ""
 
 
 def _in_one_line(message: str) -> str:
@@ -92,7 +105,10 @@ def _in_one_line(message: str) -> str:
 def _drawn(answer: duckdb.DuckDBPyRelation) -> str:
     text = StringIO()
     with redirect_stdout(text):
-        answer.show(max_rows=200, max_width=100_000)
+        num_columns = len(answer.columns)
+        # Beside other columns, thousands of token ids would push these out of sight.
+        width = _MAX_WIDTH if num_columns == 1 else _MAX_CELL * 2 + _USUAL_CELL * num_columns
+        answer.show(max_rows=_MAX_ROWS, max_width=width, max_col_width=_MAX_WIDTH if num_columns == 1 else _MAX_CELL)
     return text.getvalue()
 
 

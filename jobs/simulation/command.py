@@ -1,11 +1,10 @@
 """The words of the command line, and what is done with them."""
 
-import glob
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from jobs.analysis.run_paths import find_run, find_runs
 from jobs.simulation import report
 from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.grid import Choice, search_words, span
@@ -25,8 +24,8 @@ by a cost model fitted on the recorded steps. Makes no run directory and needs n
   run=      a run directory, taken as it stands
   key=      of a job's configuration, with commas between several values: {", ".join(KEYS)}
   search=   true: says which of the configurations is best; without any key, of some around the recorded one
-  against=  other runs (a directory or a glob) on the same device with the same model: their rows and settings are
-            simulated with the costs of run=, and what comes out stands beside what was measured"""
+  against=  other runs (a directory, that of a sweep, or a glob) on the same device with the same model: their rows and
+            settings are simulated with the costs of run=, and what comes out stands beside what was measured"""
 
 
 @dataclass(slots=True)
@@ -43,7 +42,7 @@ def run(words: Sequence[str]) -> int:
         show(HELP)
         return 0
     said = _parse(words)
-    predictor = Predictor(RecordedRun("run", Path(said.run)))
+    predictor = Predictor(RecordedRun("run", find_run("run", said.run)))
     with collector_kept_out():  # it would look through every row again and again
         if said.against:
             _against(predictor, said.against)
@@ -103,7 +102,7 @@ def _predict(predictor: Predictor, choice: Choice) -> Prediction | None:
 
 
 def _against(predictor: Predictor, patterns: Sequence[str]) -> None:
-    runs = [RecordedRun("against", path) for pattern in patterns for path in _directories(pattern)]
+    runs = [RecordedRun("against", path) for pattern in patterns for path in find_runs("against", pattern)]
     show("\n".join([*report.fit_lines(predictor), ""]))
     predictions, events, seconds = [], [], 0.0
     for other in runs:
@@ -123,15 +122,6 @@ def _speed(num_runs: int, seconds: float, predicted: float) -> str:
     return (
         f"{num_runs} simulated in {seconds:.2f} s, {predicted / max(seconds, 1e-9):.0f} times faster than their steps"
     )
-
-
-def _directories(pattern: str) -> list[Path]:
-    if Path(pattern).is_dir():
-        return [Path(pattern)]
-    found = sorted(Path(path) for path in glob.glob(pattern) if Path(path).is_dir())
-    if not found:
-        raise UsageError(f"against={pattern}: there is no such directory")
-    return found
 
 
 def _compared(run: RecordedRun, ledger: BlockLedger) -> str:

@@ -101,7 +101,7 @@ class RecordedRun:
     def why_not_compared(self) -> str | None:
         """What keeps a simulation from doing just what the run did, if anything does."""
         if self.manifest["status"] != COMPLETE:
-            return f"it is {self.manifest['status']}"
+            return f"it is not complete; its status is {self.manifest['status']}"
         if self.num_attempts > 1:
             return f"it took {self.num_attempts} attempts"
         return "its rows came by time" if self.arrives_by_time else None

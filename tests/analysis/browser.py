@@ -53,15 +53,24 @@ class Page:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._call(f"{domain}.enable", self._session)
 
+    def refuse(self, *addresses: str) -> None:
+        """From now on none of these is asked for; * stands for anything."""
+        self._call("Network.setBlockedURLs", self._session, urls=list(addresses))
+
+    def go(self, url: str) -> None:
+        self._call("Page.navigate", self._session, url=url)
+
     def open(self, path: Path) -> None:
-        """Returns when the page has loaded."""
-        self._call("Page.navigate", self._session, url=path.as_uri())
+        """Returns when the report has loaded."""
+        self.go(path.as_uri())
         self.ask_until("document.readyState === 'complete' && document.getElementById('report') !== null", False)
 
     def ask(self, expression: str) -> Any:
-        return self._call("Runtime.evaluate", self._session, expression=expression, returnByValue=True)["result"].get(
-            "value"
+        """The expression's value; of a promise, what it comes to."""
+        answer = self._call(
+            "Runtime.evaluate", self._session, expression=expression, returnByValue=True, awaitPromise=True
         )
+        return answer["result"].get("value")
 
     def ask_until(self, expression: str, other_than: object, timeout_s: float = 20) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -75,8 +84,14 @@ class Page:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
+        # Asked to close, it ends its own processes first: after a kill these would go on writing into the profile.
+        if self._process.poll() is None:
+            self._call("Browser.close")
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         os.close(self._write)
         os.close(self._read)
         self._profile.cleanup()

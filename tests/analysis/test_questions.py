@@ -76,6 +76,8 @@ def test_only_what_a_query_names_is_read(run: Path, tmp_path: Path, capsys: pyte
         ("select 'open", 'at "\'open")'),
         ("select 1; select 2", "sql=select 1; select 2: has 2 statements, must be one"),
         (" ; ", "has 0 statements, must be one"),
+        ("select kv.block_size from runs", 'the name of such a column stands in double quotes: "kv.block_size"'),
+        ("select steps2.step from runs", "Binder Error"),
     ],
 )
 def test_a_mistake_in_a_query_is_one_line(sql: str, says: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +86,21 @@ def test_a_mistake_in_a_query_is_one_line(sql: str, says: str, run: Path, capsys
     (line,) = captured.err.splitlines()
     assert says in line
     assert captured.out == ""
+
+
+def test_long_lists_leave_the_other_columns_in_sight(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing of them is lost."""
+    other = copied(run, tmp_path / "run")
+    edit_answers(other, lambda rows: rows[0].update(token_ids=list(range(10_000, 11_000))))
+    beside = said(capsys, "analyze", f"run={other}", "sql=select row, token_ids from generations where row = 0")
+    assert max(len(line) for line in beside.splitlines()) < 300
+    alone = said(capsys, "analyze", f"run={other}", "sql=select token_ids from generations where row = 0")
+    for answer in (beside, alone):
+        assert all(str(token) in answer for token in range(10_000, 11_000))
+    whole = said(capsys, "analyze", f"run={other}", "sql=select * from steps limit 1")
+    assert "comm_bytes" in whole, "the last of many columns"
 
 
 def test_a_statement_may_end_in_a_semicolon_and_hold_some(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

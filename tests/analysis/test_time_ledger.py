@@ -206,6 +206,18 @@ def test_figures_are_those_of_the_rows_one_by_one(run: Path) -> None:
     assert figures.mean_over_time("batch_size") == pytest.approx(area / time)
 
 
+@pytest.mark.parametrize("name", ["run", "resumed_run", "unrecorded_run"])
+def test_the_speed_is_that_of_the_steps_as_a_run_itself_says_it(name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(name)
+    seconds = 0.0
+    for attempt in {step["attempt"] for step in rows_of(path, "steps")}:
+        steps = [step for step in rows_of(path, "steps") if step["attempt"] == attempt]
+        seconds += (steps[-1]["end_ns"] - steps[0]["start_ns"]) / 1e9
+    figures = RunFigures.of(RecordedRun(path))
+    assert figures.steps_s == pytest.approx(seconds)
+    assert figures.tokens_per_s == pytest.approx(figures.num_sampled_tokens / seconds)
+
+
 def test_what_was_not_recorded_is_in_no_rate_and_in_no_gap(resumed_run: Path, unrecorded_run: Path) -> None:
     whole, partly = (RunFigures.of(RecordedRun(path)) for path in (resumed_run, unrecorded_run))
     lost = [step for step in rows_of(resumed_run, "steps") if step["attempt"] == 1]

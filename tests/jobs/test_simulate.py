@@ -144,7 +144,7 @@ def test_values_that_do_not_go_together_are_named_beside_those_that_do(run: Path
     [
         ([], "run=DIR is missing"),
         (["run="], "run=: has no value"),
-        (["run=nowhere"], "run=nowhere: is no run directory: it has no manifest.json"),
+        (["run=nowhere"], "run=nowhere: does not exist; it must be a run directory"),
         (["{run}", "{run}"], "one run is simulated"),
         (["{run}", "model.path=tiny"], "model.path=tiny: cannot be simulated; what can be is kv.block_size, "),
         (["{run}", "engine.kernels=triton"], "engine.kernels=triton: cannot be simulated"),
@@ -159,13 +159,21 @@ def test_values_that_do_not_go_together_are_named_beside_those_that_do(run: Path
         (["{run}", "engine.max_model_len=50000"], "engine.max_model_len=50000: must be at most 40960"),
         (["{run}", "engine.max_num_seqs=range(1,2000)"], "these words span 1,999 configurations"),
         (["{run}", "search=maybe"], "search=maybe: must be true or false"),
-        (["{run}", "against=nowhere"], "against=nowhere: there is no such directory"),
+        (["{run}", "against=nowhere"], "against=nowhere: does not exist; it must be a run directory"),
         (["{run}", "against=.", "kv.block_size=16"], "kv.block_size=16: has no place beside against="),
     ],
 )
 def test_what_cannot_be_is_one_message(run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     said = complaint(capsys, *(word.format(run=f"run={run}") for word in words))
     assert said.startswith(message) or message in said
+
+
+def test_a_sweeps_runs_are_compared_and_one_is_simulated(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for number in (1, 2):
+        shutil.copytree(run, tmp_path / "sweep" / f"job-{number}")
+    assert f"run={tmp_path / 'sweep'}: is 2 runs" in complaint(capsys, f"run={tmp_path / 'sweep'}")
+    lines = simulated(capsys, f"run={run}", f"against={tmp_path / 'sweep'}")
+    assert sum("/sweep/job-" in line and "identical" in line for line in lines) == 2
 
 
 def test_a_run_of_a_newer_version_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -273,4 +281,7 @@ def test_what_several_attempts_took_is_of_one_scope(run: Path, tmp_path: Path, c
     assert "  note: rows of attempts with recorder=off are left out" in lines
     content["status"] = "failed"
     (several / "manifest.json").write_text(json.dumps(content))
-    assert any("not compared (it is failed)" in line for line in simulated(capsys, f"run={several}"))
+    assert any(
+        "not compared (it is not complete; its status is failed)" in line
+        for line in simulated(capsys, f"run={several}")
+    )

@@ -1,194 +1,7 @@
 "use strict";
-// Text of a run reaches the page through textContent and fillText alone.
+// What a report shows. Text of a run reaches the page through textContent and fillText alone.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const root = document.getElementById("report");
-const COLORS = {
-  prefill: "#d98032", mixed: "#b05fa6", decode: "#4a7dbd", waiting: "#c9ced7", preempted: "#cc3d3d", sampled: "#4a7dbd",
-  padding: "#b9bfc9", forward: "#4a7dbd", host: "#d98032", used: "#4a7dbd",
-  cached: "#8fc79a", free: "#eef1f5", ink: "#1d2430", faint: "#6b7484", line: "#d9dee6",
-};
-const LEFT = 58, RIGHT = 10, TOP = 6, BOTTOM = 20;
-
-function element(tag, text, className) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
-
-function section(title, note) {
-  const made = element("section");
-  made.append(element("h2", title));
-  if (note) made.append(element("p", note, "faint"));
-  root.append(made);
-  return made;
-}
-
-function number(value, digits) {
-  if (value === null || value === undefined || Number.isNaN(value)) return "-";
-  const most = digits === undefined ? (Math.abs(value) >= 100 || Number.isInteger(value) ? 0 : 2) : digits;
-  return value.toLocaleString("en", { maximumFractionDigits: most });
-}
-
-const seconds = (ms) => `${number(ms / 1000, 3)} s`;
-
-function table(head, rows, numeric) {
-  const made = element("table"), header = element("tr");
-  head.forEach((text, column) => header.append(element("th", text, numeric.includes(column) ? "number" : "")));
-  made.append(header);
-  for (const row of rows) {
-    const line = element("tr");
-    row.forEach((cell, column) => {
-      if (cell instanceof Node) line.append(cell);
-      else line.append(element("td", String(cell), numeric.includes(column) ? "number" : ""));
-    });
-    made.append(line);
-  }
-  return made;
-}
-
-function bar(share, color) {
-  const cell = element("td", undefined, "bar"), filled = element("i");
-  filled.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;
-  if (color) filled.style.background = color;
-  cell.append(filled);
-  return cell;
-}
-
-function legend(parent, names) {
-  const made = element("p", undefined, "legend");
-  for (const [name, color] of names) {
-    const entry = element("span"), box = element("i");
-    box.style.background = color;
-    entry.append(box, name);
-    made.append(entry);
-  }
-  parent.append(made);
-}
-
-function bytes(text) {
-  const raw = atob(text), made = new Uint8Array(raw.length);
-  for (let i = 0; i < raw.length; i++) made[i] = raw.charCodeAt(i);
-  return made;
-}
-
-// One view of the time axis for all plots: the wheel zooms, dragging moves, a double click shows everything again.
-class View {
-  constructor(from, to) {
-    this.whole = [from, Math.max(to, from + 1e-3)];
-    this.reset();
-    this.plots = [];
-    this.waiting = false;
-  }
-
-  reset() { [this.from, this.to] = this.whole; }
-
-  zoom(at, factor) {
-    const width = Math.min(Math.max((this.to - this.from) * factor, 1e-2), this.whole[1] - this.whole[0]);
-    const share = (at - this.from) / (this.to - this.from);
-    this.move(at - share * width, width);
-  }
-
-  move(from, width = this.to - this.from) {
-    this.from = Math.min(Math.max(from, this.whole[0]), this.whole[1] - width);
-    this.to = this.from + width;
-    this.redraw();
-  }
-
-  redraw() {
-    if (this.waiting) return;
-    this.waiting = true;
-    requestAnimationFrame(() => { this.waiting = false; this.plots.forEach((plot) => plot.draw()); });
-  }
-}
-
-class Plot {
-  constructor(parent, view, height, paint, describe) {
-    Object.assign(this, { view, height, paint, describe, rows: [0, 1] });
-    this.canvas = element("canvas");
-    this.canvas.style.height = `${height}px`;
-    this.readout = element("p", "\u00a0", "readout");
-    parent.append(this.canvas, this.readout);
-    this.listen();
-    view.plots.push(this);
-  }
-
-  get inner() { return { width: this.width - LEFT - RIGHT, height: this.height - TOP - BOTTOM }; }
-  x(time) { return LEFT + (time - this.view.from) / (this.view.to - this.view.from) * this.inner.width; }
-  time(x) { return this.view.from + (x - LEFT) / this.inner.width * (this.view.to - this.view.from); }
-  y(share) { return TOP + (1 - share) * this.inner.height; }
-
-  listen() {
-    let dragged = null;
-    const place = (event) => {
-      const box = this.canvas.getBoundingClientRect();
-      return [event.clientX - box.left, event.clientY - box.top];
-    };
-    this.canvas.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      const [x, y] = place(event), factor = event.deltaY > 0 ? 1.25 : 0.8;
-      if (event.shiftKey && this.zoomRows) this.zoomRows((y - TOP) / this.inner.height, factor);
-      else this.view.zoom(this.time(x), factor);
-    }, { passive: false });
-    this.canvas.addEventListener("pointerdown", (event) => {
-      dragged = [...place(event), this.view.from];
-      this.canvas.setPointerCapture(event.pointerId);
-    });
-    this.canvas.addEventListener("pointermove", (event) => {
-      const [x, y] = place(event);
-      if (dragged) {
-        const width = this.view.to - this.view.from;
-        if (this.moveRows) this.moveRows((y - dragged[1]) / this.inner.height);
-        dragged[1] = y;
-        this.view.move(dragged[2] - (x - dragged[0]) / this.inner.width * width);
-      }
-      this.readout.textContent = this.describe(this.time(x), (y - TOP) / this.inner.height) || "\u00a0";
-    });
-    for (const end of ["pointerup", "pointercancel"]) this.canvas.addEventListener(end, () => { dragged = null; });
-    this.canvas.addEventListener("dblclick", () => { this.view.reset(); this.rows = [0, 1]; this.view.redraw(); });
-  }
-
-  draw() {
-    const ratio = window.devicePixelRatio || 1;
-    this.width = this.canvas.clientWidth || 1100;
-    this.canvas.width = this.width * ratio;
-    this.canvas.height = this.height * ratio;
-    const pen = this.pen = this.canvas.getContext("2d");
-    pen.scale(ratio, ratio);
-    pen.save();
-    pen.beginPath();
-    pen.rect(LEFT, TOP, this.inner.width, this.inner.height);
-    pen.clip();
-    this.top = this.paint(this, pen);
-    pen.restore();
-    this.axes(pen);
-  }
-
-  axes(pen) {
-    const { width, height } = this.inner;
-    pen.strokeStyle = COLORS.line;
-    pen.strokeRect(LEFT + 0.5, TOP + 0.5, width, height);
-    pen.fillStyle = COLORS.faint;
-    pen.font = "11px system-ui, sans-serif";
-    pen.textAlign = "center";
-    const span = this.view.to - this.view.from, step = niceStep(span / 8);
-    for (let t = Math.ceil(this.view.from / step) * step; t <= this.view.to; t += step) {
-      pen.fillRect(this.x(t), TOP + height, 1, 4);
-      pen.fillText(span < 50 ? `${number(t, 2)} ms` : seconds(t), this.x(t), TOP + height + 15);
-    }
-    pen.textAlign = "right";
-    for (const [share, text] of this.top || []) pen.fillText(text, LEFT - 6, this.y(share) + 4);
-  }
-}
-
-function niceStep(least) {
-  const power = 10 ** Math.floor(Math.log10(least));
-  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= least);
-}
-
-const scale = (top, unit = "") => [[0, "0"], [0.5, number(top / 2) + unit], [1, number(top) + unit]];
-const most = (values) => values.reduce((a, b) => Math.max(a, b), 0);
 
 // Steps
 
@@ -212,9 +25,11 @@ function highest(steps, view, values) {
 const begin = (steps, i) => (i ? Math.max(steps.end[i - 1], Math.min(steps.start[i], steps.end[i])) : steps.start[i]);
 
 function columns(plot, pen, steps, stacks, top) {
-  const [first, last] = visible(steps, plot.view);
+  const [first, last] = visible(steps, plot.view), ratio = window.devicePixelRatio || 1;
+  // Whole pixels: edges within one, and gaps narrower than one, would shine through as stripes that no step has.
   for (let i = first; i <= last; i++) {
-    const x = plot.x(begin(steps, i)), width = Math.max(plot.x(steps.end[i]) - x, 0.6);
+    const x = Math.floor(plot.x(begin(steps, i)) * ratio) / ratio;
+    const width = Math.max(Math.ceil(plot.x(steps.end[i]) * ratio) / ratio - x, 1 / ratio);
     let height = 0;
     for (const [values, color] of stacks) {
       const value = values[i] / top;
@@ -232,9 +47,13 @@ function line(plot, pen, steps, values, color, top) {
   pen.strokeStyle = color;
   pen.lineWidth = 1.2;
   pen.beginPath();
+  let before = -Infinity;
   for (let i = first; i <= last; i++) {
-    pen.lineTo(plot.x(begin(steps, i)), plot.y(values[i] / top));
-    pen.lineTo(plot.x(steps.end[i]), plot.y(values[i] / top));
+    const x = plot.x(begin(steps, i)), y = plot.y(values[i] / top);
+    if (x - before > 4) pen.moveTo(x, y); // nothing ran: an attempt was loading
+    else pen.lineTo(x, y);
+    before = plot.x(steps.end[i]);
+    pen.lineTo(before, y);
   }
   pen.stroke();
 }
@@ -251,29 +70,36 @@ function drawSteps(view, steps) {
       `forward ${number(steps.forward[i], 3)} ms, host ${number(steps.host[i], 3)} ms, KV ${number(steps.used[i])} used, ` +
       `${number(steps.cached[i])} cached${steps.preempted[i] ? `, ${number(steps.preempted[i])} preempted` : ""}`;
   };
-  const batch = section("Steps: batch", `${about}Wheel zooms, dragging moves, a double click shows everything. Red: preemptions.`);
-  legend(batch, [...phases.map((name) => [name, COLORS[name]]), ["waiting rows", COLORS.ink]]);
-  const top = Math.max(most(steps.batch), most(steps.waiting), 1);
+  section("Over time", `Times count from the run's start${data.paused ? `, without the ${seconds(data.paused)} between its attempts` : ""}. In each plot the wheel zooms into the time, shift and wheel upright; dragging moves; a double click shows everything; what is under the pointer is told below.`);
+  const batch = section("Steps: rows in the batch", about);
+  legend(batch, [...phases.map((name) => [name, COLORS[name]]), ["preemptions", COLORS.preempted]]);
+  const top = Math.max(most(steps.batch), 1);
   new Plot(batch, view, 170, (plot, pen) => {
-    columns(plot, pen, steps, [[steps.batch, (i) => COLORS[phases[steps.phase[i]]]]], top);
-    line(plot, pen, steps, steps.waiting, COLORS.ink, top);
+    const shown = top * plot.reach;
+    columns(plot, pen, steps, [[steps.batch, (i) => COLORS[phases[steps.phase[i]]]]], shown);
     pen.fillStyle = COLORS.preempted;
     const [first, last] = visible(steps, view);
     for (let i = first; i <= last; i++) if (steps.preempted[i]) pen.fillRect(plot.x(steps.end[i]) - 1, TOP, 2, 8);
-    return scale(top);
+    return scale(shown);
+  }, describe);
+  const longest = Math.max(most(steps.waiting), 1);
+  new Plot(section("Steps: rows that wait"), view, 90, (plot, pen) => {
+    const shown = longest * plot.reach;
+    columns(plot, pen, steps, [[steps.waiting, COLORS.waiting]], shown);
+    return scale(shown);
   }, describe);
   const tokens = section("Steps: tokens", steps.each > 1 ? "Sums over the steps of a mark." : "");
   legend(tokens, [["prompt", COLORS.prefill], ["sampled", COLORS.sampled], ["padding", COLORS.padding]]);
   const all = steps.prefill.map((value, i) => value + steps.sampled[i] + steps.padding[i]);
   new Plot(tokens, view, 140, (plot, pen) => {
-    const tokenTop = Math.max(highest(steps, view, all), 1);
+    const tokenTop = Math.max(highest(steps, view, all), 1) * plot.reach;
     columns(plot, pen, steps, [[steps.sampled, COLORS.sampled], [steps.prefill, COLORS.prefill], [steps.padding, COLORS.padding]], tokenTop);
     return scale(tokenTop);
   }, describe);
-  const times = section("Steps: time", `Forward on the device, and the host's work for the step, which may run beside it.${steps.each > 1 ? " Sums over the steps of a mark." : ""}`);
+  const times = section("Steps: time taken", `Forward on the device, and the host's work for the step, which may run beside it.${steps.each > 1 ? " Sums over the steps of a mark." : ""}`);
   legend(times, [["forward", COLORS.forward], ["host", COLORS.host]]);
   new Plot(times, view, 140, (plot, pen) => {
-    const timeTop = Math.max(highest(steps, view, steps.forward), highest(steps, view, steps.host), 1e-3);
+    const timeTop = Math.max(highest(steps, view, steps.forward), highest(steps, view, steps.host), 1e-3) * plot.reach;
     line(plot, pen, steps, steps.forward, COLORS.forward, timeTop);
     line(plot, pen, steps, steps.host, COLORS.host, timeTop);
     return scale(timeTop, " ms");
@@ -283,8 +109,9 @@ function drawSteps(view, steps) {
   legend(blocks, [["in use", COLORS.used], ["cached", COLORS.cached], ["free", COLORS.free]]);
   const free = steps.used.map((value, i) => Math.max(data.num_blocks - value - steps.cached[i], 0));
   new Plot(blocks, view, 140, (plot, pen) => {
-    columns(plot, pen, steps, [[steps.used, COLORS.used], [steps.cached, COLORS.cached], [free, COLORS.free]], data.num_blocks);
-    return scale(data.num_blocks);
+    const shown = data.num_blocks * plot.reach;
+    columns(plot, pen, steps, [[steps.used, COLORS.used], [steps.cached, COLORS.cached], [free, COLORS.free]], shown);
+    return scale(shown);
   }, describe);
 }
 
@@ -292,7 +119,7 @@ function drawSteps(view, steps) {
 
 function drawRows(view, rows) {
   const packed = bytes(rows.pieces), pieces = new Int32Array(packed.buffer), count = rows.row.length;
-  const made = section("Rows", `${rows.each > 1 ? `Every ${rows.each}th row is drawn. ` : ""}One line a row, in order of arrival; shift and wheel zoom the lines.`);
+  const made = section("Rows", `${rows.each > 1 ? `One row in ${rows.each} is drawn. ` : ""}One line a row, in order of arrival.`);
   legend(made, rows.kinds.map((name) => [name, COLORS[name]]));
   const plot = new Plot(made, view, 420, (self, pen) => {
     const [low, high] = self.rows.map((share) => share * count), size = self.inner.height / Math.max(high - low, 1e-9);
@@ -303,22 +130,12 @@ function drawRows(view, rows) {
       const x = self.x(start);
       pen.fillRect(x, TOP + (row - low) * size, Math.max(self.x(end) - x, 0.4), Math.max(size * 0.86, 0.5));
     }
-    return [[1, number(low, 0)], [0, number(high, 0)]];
+    return [[1, number(low * rows.each, 0)], [0, number(high * rows.each, 0)]];
   }, (time, share) => {
-    const line = Math.floor((plot.rows[0] + share * (plot.rows[1] - plot.rows[0])) * count);
+    const line = Math.floor(plot.line(share) * count);
     if (line < 0 || line >= count) return "";
-    return `${seconds(time)}: row ${rows.row[line]}, ${rows.id[line]}, ${number(rows.prompt[line])} tokens in, ${number(rows.output[line])} out`;
-  });
-  const keep = (low, width) => {
-    const from = Math.min(Math.max(low, 0), 1 - width);
-    plot.rows = [from, from + width];
-    view.redraw();
-  };
-  plot.zoomRows = (share, factor) => {
-    const width = plot.rows[1] - plot.rows[0], next = Math.min(Math.max(width * factor, 4 / Math.max(count, 4)), 1);
-    keep(plot.rows[0] + share * (width - next), next);
-  };
-  plot.moveRows = (share) => keep(plot.rows[0] - share * (plot.rows[1] - plot.rows[0]), plot.rows[1] - plot.rows[0]);
+    return `${seconds(time)}: row ${rows.row[line]} (${rows.id[line]}), ${number(rows.prompt[line])} tokens in, ${number(rows.output[line])} out`;
+  }, count);
 }
 
 function drawBlocks(view, blocks) {
@@ -333,53 +150,56 @@ function drawBlocks(view, blocks) {
   }
   pen.putImageData(image, 0, 0);
   const per = blocks.lines > 1 ? blocks.first[1] - blocks.first[0] : data.num_blocks;
-  const note = `${blocks.columns} instants; a line is ${per > 1 ? `${number(per)} blocks` : "one block"}` +
-    (blocks.stride > 1 ? `, of which every ${blocks.stride}th was looked at.` : ".");
+  const note = `By block id, at ${blocks.columns} instants; a line is ${per > 1 ? `${number(per)} blocks` : "one block"}` +
+    (blocks.stride > 1 ? `, one in ${blocks.stride} of which was looked at.` : ".");
   const made = section("Block map", note);
   legend(made, [["in use", COLORS.used], ["cached", COLORS.cached], ["free", COLORS.free]]);
   const spacing = (blocks.end - blocks.start) / Math.max(blocks.columns - 1, 1);
-  new Plot(made, view, 280, (plot, target) => {
+  const plot = new Plot(made, view, 280, (self, target) => {
     target.imageSmoothingEnabled = false;
-    const left = plot.x(blocks.start - spacing), right = plot.x(blocks.end);
-    target.drawImage(picture, left, TOP, right - left, plot.inner.height);
-    return [[1, "0"], [0, number(data.num_blocks)]];
+    const left = self.x(blocks.start - spacing), right = self.x(blocks.end), [low, high] = self.rows;
+    target.drawImage(picture, 0, low * blocks.lines, blocks.columns, self.reach * blocks.lines, left, TOP, right - left, self.inner.height);
+    return [[1, number(low * data.num_blocks, 0)], [0, number(high * data.num_blocks, 0)]];
   }, (time, share) => {
-    const column = Math.ceil((time - blocks.start) / spacing), row = Math.floor(share * blocks.lines);
+    const column = Math.ceil((time - blocks.start) / spacing), row = Math.floor(plot.line(share) * blocks.lines);
     if (column < 0 || column >= blocks.columns || row < 0 || row >= blocks.lines) return "";
     const i = row * blocks.columns + column;
     return `${seconds(time)}: blocks from ${blocks.first[row]}: ${used[i]} % in use, ${cached[i]} % cached`;
-  });
+  }, blocks.lines);
 }
 
+// A plot of its own axis for each.
 function drawLatencies(latencies) {
-  const made = section("Latencies", "Bins grow by a constant factor."), grid = element("div", undefined, "columns");
+  const made = section("Latencies", "Rows by the time that they took; bins grow by a constant factor."), grid = element("div", undefined, "columns");
   made.append(grid);
-  for (const found of latencies) {
+  return latencies.map((found) => {
     const part = element("div"), text = found.percentiles.map(([q, ms]) => `p${q} ${number(ms)} ms`).join(", ");
-    part.append(element("p", `${found.title}: ${text || "none"}`));
-    const canvas = element("canvas");
-    canvas.style.height = "120px";
-    part.append(canvas);
+    part.append(element("p", found.title), element("p", text || "none", "faint"));
     grid.append(part);
-    const width = canvas.clientWidth || 340, ratio = window.devicePixelRatio || 1, pen = canvas.getContext("2d");
-    [canvas.width, canvas.height] = [width * ratio, 120 * ratio];
-    pen.scale(ratio, ratio);
-    pen.font = "11px system-ui, sans-serif";
-    const top = Math.max(most(found.counts), 1), size = width / Math.max(found.counts.length, 1);
-    found.counts.forEach((count, i) => {
+    if (!found.counts.length) return null;
+    const view = new BinView(found.edges), top = Math.max(most(found.counts), 1);
+    new Plot(part, view, 150, (plot, pen) => {
       pen.fillStyle = COLORS.decode;
-      pen.fillRect(i * size, 100 - count / top * 96, Math.max(size - 1, 1), count / top * 96);
-      if (i % 12 === 0) { pen.fillStyle = COLORS.faint; pen.fillText(`${number(found.edges[i])} ms`, i * size, 115); }
+      found.counts.forEach((count, i) => {
+        const height = count / (top * plot.reach) * plot.inner.height, x = plot.x(i);
+        pen.fillRect(x, plot.y(0) - height, Math.max(plot.x(i + 1) - x - 1, 1), height);
+      });
+      return scale(top * plot.reach);
+    }, (place) => {
+      const i = Math.floor(place);
+      return found.counts[i] === undefined ? "" : `${number(found.edges[i])} to ${number(found.edges[i + 1])} ms: ${number(found.counts[i])} rows`;
     });
-  }
+    return view;
+  }).filter(Boolean);
 }
 
 function drawRun() {
   root.append(element("h1", data.name), element("p", [data.status, data.note].filter(Boolean).join("; "), "faint"));
   const facts = section("The run");
   facts.append(table(["", ""], data.facts, []));
+  const made = section("Findings", data.findings.length || !data.steps ? "" : "None; nothing stands out.");
   if (data.findings.length) {
-    const made = section("Findings"), list = element("ol");
+    const list = element("ol");
     for (const [text, evidence] of data.findings) {
       const item = element("li", text);
       item.append(element("p", evidence, "faint"));
@@ -388,51 +208,62 @@ function drawRun() {
     made.append(list);
   }
   const wall = data.ledger.reduce((sum, [, ms]) => sum + ms, 0) || 1, ledger = section(`Wall time: ${seconds(wall)}`);
-  ledger.append(table(["", "time", "share", "", ""], data.ledger.map(([place, ms, meaning]) =>
-    [place, seconds(ms), `${number(ms / wall * 100, 1)} %`, bar(ms / wall), meaning]), [1, 2]));
+  ledger.append(table(["", "time", "share", "", ""], data.ledger.filter(isShown).map(([place, ms, meaning]) =>
+    [place, `${fixed(ms / 1000, 3)} s`, percent(ms / wall), bar(ms / wall), meaning]), [1, 2]));
   if (data.steps) {
     const ends = data.steps.end, view = new View(data.steps.start[0], most(ends));
     drawSteps(view, data.steps);
     drawRows(view, data.rows);
     if (data.blocks) drawBlocks(view, data.blocks);
-    view.plots.forEach((plot) => plot.draw());
-    window.addEventListener("resize", () => view.redraw());
-    drawLatencies(data.latencies);
+    const views = [view, ...drawLatencies(data.latencies)];
+    // Once all have their place: a plot is as wide as the page leaves it.
+    views.forEach((one) => one.draw());
+    window.addEventListener("resize", () => views.forEach((one) => one.redraw()));
     drawPrefixes(data.prefixes);
     section("Slowest rows").append(table(["row", "sample", "id", "time", "queued", "because"],
-      data.slow.map(([row, sample, id, ms, queued, reason]) => [row, sample, id, seconds(ms), seconds(queued), reason]), [0, 1, 3, 4]));
+      data.slow.map(([row, sample, id, ms, queued, reason]) => [row, sample, id, `${fixed(ms / 1000, 3)} s`, `${fixed(queued / 1000, 3)} s`, reason]), [0, 1, 3, 4]));
   }
   section("Configuration", data.command).append(table(["key", "value"], data.config, []));
 }
 
 function drawPrefixes(prefixes) {
-  if (!prefixes || !prefixes.uses.length) return;
-  const made = section("Hit rate by prefix", `Rows that begin with the same block; ${number(prefixes.uses.length)} of ${number(prefixes.total)} such prefixes, those of most rows.`);
+  if (!prefixes) return;
+  const made = section("Hit rate by prefix", prefixes.total
+    ? `Rows that begin with the same block; ${number(prefixes.uses.length)} of ${number(prefixes.total)} such prefixes, those of most rows.`
+    : "No two rows begin with the same block.");
+  if (!prefixes.total) return;
   made.append(table(["hash", "first row", "rows", "prompt tokens", "cached", "rate", ""], prefixes.uses.map(
     ([hash, row, count, prompt, cached]) => [hash, row, number(count), number(prompt), number(cached),
-      `${number(cached / Math.max(prompt, 1) * 100, 1)} %`, bar(cached / Math.max(prompt, 1), COLORS.cached)]), [1, 2, 3, 4, 5]));
+      percent(cached / Math.max(prompt, 1)), bar(cached / Math.max(prompt, 1), COLORS.cached)]), [1, 2, 3, 4, 5]));
 }
 
 function drawSweep() {
   root.append(element("h1", data.name), element("p", `${data.runs.length} runs`, "faint"));
+  const figure = (title, value) => (value === null ? "-" : data.shares.includes(title) ? percent(value)
+    : fixed(value, Number.isInteger(value) || value >= 1000 ? 0 : 2));
   const head = ["run", ...data.deltas.map(([key]) => key), ...data.figures.map(([title]) => title), "status"];
   const rows = data.runs.map(([, status], i) => [i + 1, ...data.deltas.map(([, values]) => values[i]),
-    ...data.figures.map(([, values]) => number(values[i])), status]);
+    ...data.figures.map(([title, values]) => figure(title, values[i])), status]);
   section("What differs, and what came out").append(table(head, rows, head.map((_, i) => i).slice(1 + data.deltas.length, -1)));
+  const few = data.deltas.length > 2 ? [] : data.deltas;
+  const run = (i) => (few.length ? `${i + 1}: ${few.map(([, values]) => values[i]).join(", ")}` : i + 1);
   const grid = element("div", undefined, "columns");
-  section("Figures").append(grid);
+  section("Figures", ["Of each run, by its number above", ...few.map(([key]) => key)].join(", ")).append(grid);
   for (const [title, values] of data.figures) {
     const part = element("div"), top = Math.max(most(values.map((value) => value || 0)), 1e-12);
-    part.append(element("p", title), table(["run", "", ""], values.map((value, i) => [i + 1, number(value), bar((value || 0) / top)]), [1]));
+    part.append(element("p", title), table(["", "", ""], values.map((value, i) => [run(i), figure(title, value), bar((value || 0) / top)]), [1]));
     grid.append(part);
   }
-  const shares = data.ledgers.map((places, i) => {
-    const wall = places.reduce((a, b) => a + b, 0) || 1;
-    return [i + 1, ...places.map((ms) => `${number(ms / wall * 100, 1)} %`)];
-  });
-  section("Share of the wall time").append(table(["run", ...data.places], shares, data.places.map((_, i) => i + 1)));
-  section("Runs").append(table(["", "directory"], data.runs.map(([name], i) => [i + 1, name]), []));
+  const walls = data.ledgers.map((places) => places.reduce((a, b) => a + b, 0) || 1);
+  const shown = data.places.map((_, k) => k).filter((k) => isShown([data.places[k], most(data.ledgers.map((places) => places[k]))]));
+  section("Share of the wall time").append(table(["run", ...shown.map((k) => data.places[k])],
+    data.ledgers.map((places, i) => [run(i), ...shown.map((k) => percent(places[k] / walls[i]))]), shown.map((_, k) => k + 1)));
+  section("Runs").append(table(["run", "directory"], data.runs.map(([name], i) => [i + 1, name]), []));
 }
 
+// A run has nearly always records of all its time.
+function isShown([place, ms]) { return place !== "unrecorded" || ms > 0; }
+
+document.title = `${data.name}: nanovllm report`;
 if (data.kind === "run") drawRun(); else drawSweep();
 document.documentElement.dataset.drawn = "true";
