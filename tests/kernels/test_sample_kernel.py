@@ -260,7 +260,7 @@ def test_a_captured_launch_draws_from_what_its_inputs_hold_at_replay() -> None:
     with torch.cuda.graph(graph):
         tokens = sample(logits, draws)
     logits.copy_(random_logits(len(CASES), 5000, seed=9))
-    for setting in draws:
+    for setting in draws.by_row()[:8]:
         setting.copy_(setting.flip(0))
     graph.replay()
     assert tokens.tolist() == reference.sample(logits, draws).tolist()

@@ -9,9 +9,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm.errors import PromptError
+from nanovllm.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLMOfOurs
 from nanovllm.prompt_worker import PromptWorker
 from nanovllm.prompts import Conversation
 from nanovllm.runner import attention_work
+from nanovllm.runner.halves import Halves
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.step_graphs import StepShape
 from nanovllm.sampling_params import SamplingParams
@@ -166,6 +168,58 @@ def test_bfloat16_differs_only_where_the_best_two_tokens_are_close(
             assert best[0] - best[1] < BF16_BOUND, f"row {row}, token {first}"
     texts = [harness.assembly.intake.text(output) or "" for output in actual]
     assert sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) >= 0.99 * len(prompts)
+
+
+def logits_in_halves(path: Path, monkeypatch: pytest.MonkeyPatch, *, beside: bool) -> list[torch.Tensor]:
+    """Logits of every step in halves that has no padding, of rows of 500 to 1,400 tokens."""
+    monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_TOKENS", 1)
+    init, compute = Halves.__init__, Qwen3ForCausalLMOfOurs.compute_logits
+    last = torch.zeros(128, 320, dtype=torch.bfloat16, device="cuda")
+
+    def one_stream(self: Halves, device: torch.device) -> None:
+        init(self, torch.device("cpu"))
+
+    def keep(self: Qwen3ForCausalLMOfOurs, hidden: torch.Tensor) -> torch.Tensor:
+        logits = compute(self, hidden)
+        last[: len(logits)].copy_(logits[:128])
+        return logits
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Qwen3ForCausalLMOfOurs, "compute_logits", keep)
+        if not beside:
+            patched.setattr(Halves, "__init__", one_stream)
+        harness = build(path, device="cuda", dtype="bfloat16", max_num_seqs=128, prefix_caching=False)
+    runner, found = harness.assembly.engine.runner, []
+    assert isinstance(runner, ModelRunner)
+    assert runner.graphs is not None
+    run = runner.graphs.run
+
+    def spy(shape: StepShape) -> torch.Tensor:
+        tokens = run(shape)
+        if shape.in_halves:
+            found.append(last[: shape.num_tokens].clone())
+        return tokens
+
+    runner.graphs.run = spy
+    prompts = random_prompts([500 + i * 37 % 880 for i in range(128)], seed=3)
+    harness.run(prompts, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    counts = [step.schedule.plan.num_rows for step in harness.counters.steps if step.result.in_halves]
+    return [logits for logits, count in zip(found, counts, strict=True) if len(logits) == count]
+
+
+def test_halves_beside_each_other_compute_what_they_do_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: neither reads what the other is writing."""
+    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 6}
+    width = {"hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 2048}
+    write_checkpoint(tmp_path, **shape, **width)
+    alone = logits_in_halves(tmp_path, monkeypatch, beside=False)
+    assert len(alone) > 30
+    for _ in range(3):
+        beside = logits_in_halves(tmp_path, monkeypatch, beside=True)
+        assert len(beside) == len(alone)
+        assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
 
 
 def test_a_manifest_says_whether_the_engine_suits_halves() -> None:
