@@ -9,7 +9,8 @@ from torch import Tensor
 
 from jobs.bench_case import BLOCK_SIZE, DTYPE, HEAD_SIZE, HEADS, KV_BYTES, KV_HEADS, L2_BYTES, Calls, Case, randn
 from kernels.attention_work import LONG_ITEM_KEYS, DecodeWork, PrefillWork
-from kernels.paged_decode_attention import num_programs, paged_decode_attention
+from kernels.launch import num_programs
+from kernels.paged_decode_attention import paged_decode_attention
 from kernels.paged_prefill_attention import paged_prefill_attention, tokens_per_item
 from kernels.prefill_attention import prefill_attention
 from kernels.shared_prefix_attention import members_per_item, shared_prefix_attention

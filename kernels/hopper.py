@@ -12,6 +12,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from kernels.launch import num_programs
+
 CONSUMERS = 2
 """Groups of four warps that multiply."""
 ROWS = 64
@@ -30,12 +32,12 @@ def is_product_of_many(x: Tensor, weight: Tensor) -> bool:
     if columns % (2 * COLUMNS) or depth % PANEL or not _runs(x):
         return False
     num_tiles, programs = -(-len(x) // (CONSUMERS * ROWS)) * (columns // (2 * COLUMNS)), num_programs(x.device)
-    return num_tiles >= LEAST_FILL * programs * -(-num_tiles // programs)
+    return num_tiles > 0 and num_tiles >= LEAST_FILL * programs * -(-num_tiles // programs)
 
 
-def takes_heads(head_size: int, num_heads: int) -> bool:
-    """Whether its product with the fused projection is made for such heads: two to a tile."""
-    return head_size == COLUMNS and num_heads % 2 == 0
+def takes_heads(head_size: int) -> bool:
+    """Whether the file's product with the fused projection finishes heads of that size: one has all the columns."""
+    return head_size == COLUMNS
 
 
 def is_prefill_attention(q: Tensor, k_cache: Tensor) -> bool:
@@ -44,12 +46,6 @@ def is_prefill_attention(q: Tensor, k_cache: Tensor) -> bool:
     is_group = group <= ROWS and ROWS % group == 0
     is_block = block_size >= 16 and block_size & (block_size - 1) == 0
     return is_group and is_block and head_size in (PANEL, 2 * PANEL) and _runs(q)
-
-
-@functools.cache
-def num_programs(device: torch.device) -> int:
-    """One on each multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _runs(x: Tensor) -> bool:

@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention_work import ITEM_FIELDS
 from kernels.gluon_names import copy_in, gl, gluon, hopper, view_as
-from kernels.hopper import CONSUMERS, PANEL, ROWS, num_programs
+from kernels.hopper import CONSUMERS, PANEL, ROWS
+from kernels.launch import num_programs
 from kernels.paged_tiles import LOG2_E
 
 _FIELDS = gl.constexpr(ITEM_FIELDS)
@@ -99,7 +100,7 @@ def hopper_prefill_attention(
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["bounds_ptr"])
 def _prefill(
     queries,
     keys,
@@ -347,7 +348,8 @@ def _mask(scores, first, seen_by_first, GROUP: gl.constexpr, TILE: gl.constexpr,
 def _zero_from(panels, stage, row, HALVES: gl.constexpr, TILE: gl.constexpr):
     """Zeros for values from `row` of a tile on: what nobody has written may be anything, and NaN times 0 is NaN.
 
-    Both groups of warps do it, with the same numbers.
+    Both groups of warps do it before their products, so what one writes while the other's product reads are the bytes
+    that are there already.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     is_written = (gl.arange(0, TILE, gl.SliceLayout(1, layout)) < row)[:, None]

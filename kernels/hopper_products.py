@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.gluon_names import barrier, copy_in, copy_out, gl, gluon, hopper, tma, view_as
-from kernels.hopper import COLUMNS, CONSUMERS, PANEL, ROWS, num_programs
+from kernels.hopper import COLUMNS, CONSUMERS, PANEL, ROWS
+from kernels.launch import num_programs
 
 _STAGES = 4
 _REGISTERS, _LOADER_REGISTERS, _MEAN_REGISTERS = 240, 24, 168
@@ -107,7 +108,7 @@ def _tiles(matrix: Tensor, rows: int, columns: int = PANEL) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], _LAYOUT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "num_columns", "depth"])
 def _silu_mul(
     xs,
     weights,
@@ -155,7 +156,7 @@ def _multiply_silu_mul(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "num_columns", "depth", "num_tokens"])
 def _norm_rotary_store(
     xs,
     weights,

@@ -3,7 +3,7 @@
 A kernel that takes part calls `overlap_next` first (decode attention last), so that the next one may start, and
 `wait_for_previous` before it reads or writes anything that an earlier kernel of the step touches. What stands before
 that call must read only what was there when the step began: weights, work lists, block tables. CUDA programming guide,
-section of that name.
+section of that name. Also, how many programs fill a device.
 """
 
 import functools
@@ -55,6 +55,12 @@ STANDS_ALONE = {"PDL": False}
 @functools.cache
 def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where programs run one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

@@ -21,7 +21,7 @@ def linear_norm_rotary_store(
 ) -> Tensor:
     """norm_rotary_store of x [T, in] times the transpose of contiguous [(Q + 2 K) H, in]: queries [T, Q, H]."""
     head_size = k_cache.shape[3]
-    if hopper.is_product_of_many(x, weight) and hopper.takes_heads(head_size, len(weight) // head_size):
+    if hopper.is_product_of_many(x, weight) and hopper.takes_heads(head_size):
         from kernels.hopper_products import hopper_linear_norm_rotary_store as fused
 
         return fused(x, weight, q_weight, k_weight, eps, rotary, positions, k_cache, v_cache, slots)

@@ -2,7 +2,7 @@
 
 Decoding waits for memory and prefilling for the matrix units, so side by side they take less than one after the other:
 136 us instead of 165 where each alone takes 77 and 84 (NOTES.md). For that, both must fit on a multiprocessor: its
-registers and shared memory are shared out here.
+registers and shared memory are shared out here. Hopper's kernel for long items fits beside nothing and follows.
 """
 
 import functools

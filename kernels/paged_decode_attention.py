@@ -5,7 +5,6 @@ lengths keeps every multiprocessor busy, and a CUDA graph's fixed grid serves an
 at which K and V are read once.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, DecodeWork
-from kernels.launch import STANDS_ALONE, dependent_launch, overlap_next, runs_beside, wait_for_previous
+from kernels.launch import STANDS_ALONE, dependent_launch, num_programs, overlap_next, runs_beside, wait_for_previous
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -128,12 +127,6 @@ def merge_partials(out: Tensor, work: DecodeWork, num_kv_heads: int) -> None:
         PARTS=PARTS,
         num_warps=4,
     )
-
-
-@functools.cache
-def num_programs(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where programs run one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit(do_not_specialize=["table_stride"])

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, PrefillWork
-from kernels.launch import STANDS_ALONE, dependent_launch, overlap_next, wait_for_previous
-from kernels.paged_decode_attention import num_programs
+from kernels.launch import STANDS_ALONE, dependent_launch, num_programs, overlap_next, wait_for_previous
 from kernels.paged_tiles import LOG2_E, block_ids, dot_precision, softmax_step, tile_offsets
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)

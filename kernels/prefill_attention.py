@@ -18,9 +18,9 @@ def prefill_attention(
     out: Tensor,
     tuning: PrefillTuning | None = None,
 ) -> None:
-    """See paged_prefill_attention, which takes the `tuning`.
+    """See paged_prefill_attention, which takes the `tuning`; Hopper's kernel has sizes of its own.
 
-    Hopper's kernel is launched twice: for short items, which leave room for decode attention beside them, so first,
+    That one is launched twice: for short items, which leave room for decode attention beside them, so first,
     before that takes all of the device; then for those that see many keys, which need all of a multiprocessor.
     """
     if not hopper.is_prefill_attention(q, k_cache):

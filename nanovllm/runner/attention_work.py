@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention_work import ITEM_FIELDS, LONG_ITEM_KEYS, DecodeWork, PrefillWork
-from kernels.paged_decode_attention import PROGRAMS_BESIDE, num_programs
+from kernels.launch import num_programs
+from kernels.paged_decode_attention import PROGRAMS_BESIDE
 from kernels.paged_prefill_attention import tokens_per_item
 from kernels.shared_prefix_attention import members_per_item
 from nanovllm.engine.plan import Plan

@@ -1,5 +1,6 @@
 """Which shapes the steps of an engine are padded to, by its limits alone. Pure Python: a simulator asks too."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MIN_HALVES_ROWS, MAX_HALVES_ROWS = 8, 128
@@ -62,11 +63,11 @@ def graph_sizes(
 ) -> GraphSizes:
     """Sizes that hold every step, with little padding where padding costs.
 
-    Decode steps are dense up to 256, where a matrix product takes the same time whatever its rows, and beyond every
-    64th. Steps with prefills mostly fill max_num_batched_tokens, and up to 128 rows of logits cost the same.
+    Decode steps are dense up to 256, where a matrix product takes the same time whatever its rows; beyond, sizes are an
+    eighth apart. Steps with prefills mostly fill max_num_batched_tokens, and up to 128 rows of logits cost the same.
     """
-    decodes = {1, 2, 4, 8, 16, 24, *range(32, 256, 32), *range(256, max_num_seqs, 64)}
-    tokens = {64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, *range(4096, max_num_batched_tokens, 1024)}
+    decodes = {1, 2, 4, 8, 16, 24, *range(32, 256, 32), *_growing(256, max_num_seqs, 64)}
+    tokens = {64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, *_growing(4096, max_num_batched_tokens, 1024)}
     sampled = {128 << i for i in range(8)}
 
     def up_to(sizes: set[int], most: int) -> list[int]:
@@ -80,6 +81,14 @@ def graph_sizes(
         tokens=up_to(tokens, max_num_batched_tokens) if with_prefills else [],
         sampled=up_to(sampled, max_num_seqs),
     )
+
+
+def _growing(first: int, most: int, step: int) -> Iterator[int]:
+    """From `first` to below `most`, by the most multiples of `step` that are an eighth at most, or by one."""
+    size = first
+    while size < most:
+        yield size
+        size += max(size // (8 * step), 1) * step
 
 
 def next_size(sizes: list[int], count: int) -> int:

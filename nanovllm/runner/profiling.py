@@ -55,10 +55,11 @@ def available_kv_bytes(
 
 
 def _graphs_bytes(runner: ModelRunner, sizes: GraphSizes, taken: int, reserved: int, device: torch.device) -> int:
-    """Bytes that all graphs will take outside of the allocator, from what the few of the trial took."""
+    """Bytes that all graphs will take: each its inputs, and outside of the allocator what the few of the trial took."""
     assert runner.graphs is not None
     outside = taken - (torch.cuda.memory_reserved(device) - reserved)
-    return sizes.most_graphs() * max(outside // runner.graphs.num_graphs, MIN_GRAPH_BYTES)
+    each = max(outside // runner.graphs.num_graphs, MIN_GRAPH_BYTES) + runner.graphs.most_input_bytes
+    return sizes.most_graphs() * each
 
 
 def _free(device: torch.device) -> int:

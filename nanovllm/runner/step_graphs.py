@@ -47,7 +47,7 @@ class _Prepared:
 class StepGraphs:
     """Runs `step` at fixed shapes. With `capture` as CUDA graphs; without, directly, which is for tests on a CPU.
 
-    All graphs are captured at once, the largest first: the others share its memory.
+    All graphs are captured at once, the largest first, whose memory the others share.
     """
 
     def __init__(
@@ -83,6 +83,11 @@ class StepGraphs:
     def num_graphs(self) -> int:
         return len(self._prepared)
 
+    @property
+    def most_input_bytes(self) -> int:
+        """What the inputs of a prepared shape take on the device, at most."""
+        return max(prepared.inputs.num_bytes for prepared in self._prepared.values())
+
     def has_shapes(self, *, prefills: bool) -> bool:
         """Whether steps with prefills, or without, run at fixed shapes."""
         return not prefills or bool(self.sizes.tokens)
@@ -101,6 +106,7 @@ class StepGraphs:
     def send(self, shape: StepShape, arrays: Mapping[str, np.ndarray]) -> None:
         """The inputs of the next run."""
         if shape not in self._prepared:
+            assert self._stream is None, f"{shape} was not captured at the start"
             self._prepare(shape)
         self._prepared[shape].inputs.send(arrays)
 
@@ -158,12 +164,13 @@ class StepGraphs:
         """
         kind = replace(shape, num_tokens=0, num_sampled=0)
         graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
         with torch.cuda.stream(stream):
-            prepared.inputs.send({})  # nothing but padding
             if kind not in self._warm:
+                prepared.inputs.send({})  # nothing but padding
                 self._step(prepared.inputs.tensors, shape)
+                stream.synchronize()
                 self._warm.add(kind)
-            stream.synchronize()
             graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             prepared.tokens = self._step(prepared.inputs.tensors, shape)
             graph.capture_end()

@@ -92,6 +92,8 @@ class FixedInputs:
             for pinned in self._pinned
         ]
         self._next = 0
+        self.num_bytes = size
+        """On the device."""
         self.tensors = {name: segment.in_tensor(self._device_buffer) for name, segment in self._segments.items()}
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,39 +1,57 @@
-"""Products of many tokens with what follows them, in kernels for compute capability 9.0."""
+"""Products of many tokens with what follows them, in kernels for compute capability 9.0.
+
+Expected is what the reference makes of the float32 product, rounded as the kernel rounds it: only the order of a sum
+and an exponential's last bit may differ.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import hopper, reference
-from tests.kernels.paged import DEVICE, assert_as_exact_as_torch, randn
+from kernels import reference
+from tests.kernels.paged import DEVICE, randn
 
-pytestmark = pytest.mark.gpu
-if torch.cuda.is_available():
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no device of compute capability 9.0")]
+if IS_HOPPER:
     from kernels.hopper_products import hopper_linear_norm_rotary_store, hopper_linear_silu_mul
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 token_counts = pytest.mark.parametrize("num_tokens", [128, 1153, 4000])
 """A tile, one token in the last one, and more tiles than there are programs."""
 NUM_Q, NUM_KV, HEAD_SIZE, BLOCK_SIZE = 6, 2, 128, 16
+OF_SUMS = 1e-4
+"""How far apart two orders of a float32 sum of some 1,000 terms of order 1 may be."""
 
 
-def last_bit(exact: Tensor, dtype: torch.dtype) -> float:
-    """Of the largest result: torch's own sum may happen to come out even closer."""
-    return float(exact.abs().max()) * torch.finfo(dtype).eps
+def assert_near(actual: Tensor, expected: Tensor, scale: Tensor) -> None:
+    """Element by element, within a few roundings of numbers of size `scale`; most are the same."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs()
+    allowed = 4 * torch.finfo(actual.dtype).eps * scale.double() + OF_SUMS
+    assert bool((error <= allowed).all()), f"{int((~(error <= allowed)).sum())} of {error.numel()} are wrong"
+    assert (actual == expected).double().mean() > 0.9
+
+
+def poison(*shape: int, dtype: torch.dtype) -> None:
+    """The allocator gives these bytes to the next tensor of that size."""
+    torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
 
 @dtypes
 @token_counts
 @pytest.mark.parametrize(("depth", "width"), [(64, 128), (1024, 3072)])
-def test_the_gate_is_applied_as_exactly_as_in_torch(
-    num_tokens: int, depth: int, width: int, dtype: torch.dtype
-) -> None:
+def test_the_gate_is_applied(num_tokens: int, depth: int, width: int, dtype: torch.dtype) -> None:
     x = randn(num_tokens, depth, dtype=dtype, device=DEVICE)
     weight = randn(2 * width, depth, seed=1, dtype=dtype, device=DEVICE) * depth**-0.5
-    gate, up = (x.double() @ weight.double().T).chunk(2, -1)
-    exact = torch.nn.functional.silu(gate) * up
-    expected = reference.linear_silu_mul(x, weight)
+    product = (x.float() @ weight.float().T).to(dtype)
+    expected = reference.silu_mul(product)
+    gate, up = product.float().chunk(2, -1)
+    outs = []
     for _ in range(3):
-        assert_as_exact_as_torch(hopper_linear_silu_mul(x, weight), expected, exact.cpu(), floor=last_bit(exact, dtype))
+        poison(num_tokens, width, dtype=dtype)
+        outs.append(hopper_linear_silu_mul(x, weight))
+    assert_near(outs[0], expected, torch.nn.functional.silu(gate).abs() * up.abs() * (2 + gate.abs()))
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def heads(num_tokens: int, depth: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -55,27 +73,34 @@ def heads(num_tokens: int, depth: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.to(DEVICE) for name, value in given.items()}
 
 
+def pairs(turned: Tensor) -> Tensor:
+    """The size of each pair of numbers that was rotated, which rotation keeps."""
+    first, second = turned.float().chunk(2, -1)
+    return torch.hypot(first, second).repeat(*[1] * (turned.dim() - 1), 2)
+
+
 @dtypes
 @token_counts
 @pytest.mark.parametrize("depth", [64, 1024])
-def test_heads_are_normed_rotated_and_stored_as_exactly_as_in_torch(
-    num_tokens: int, depth: int, dtype: torch.dtype
-) -> None:
+def test_heads_are_normed_rotated_and_stored(num_tokens: int, depth: int, dtype: torch.dtype) -> None:
     given = heads(num_tokens, depth, dtype)
     theirs = {name: value.clone() for name, value in given.items()}
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    exact = reference.linear_norm_rotary_store(**wide, eps=1e-6)
-    expected = reference.linear_norm_rotary_store(**theirs, eps=1e-6)
+    product = (theirs.pop("x").float() @ theirs.pop("weight").float().T).to(dtype)
+    expected = reference.norm_rotary_store(product.unflatten(-1, (-1, HEAD_SIZE)), **theirs, eps=1e-6)
+    outs = []
     for _ in range(3):
         ours = {name: value.clone() for name, value in given.items()}
-        actual = hopper_linear_norm_rotary_store(**ours, eps=1e-6)
-        assert_as_exact_as_torch(actual, expected, exact.cpu(), floor=last_bit(exact, dtype))
-        for name in ("k_cache", "v_cache"):
-            floor = last_bit(wide[name], dtype)
-            assert_as_exact_as_torch(ours[name], theirs[name], wide[name].cpu(), floor=floor)
-            untouched = (theirs[name] == 7).all(-1)
-            assert untouched.any()
-            assert torch.equal(ours[name][untouched], theirs[name][untouched])
+        poison(num_tokens, NUM_Q, HEAD_SIZE, dtype=dtype)
+        outs.append((hopper_linear_norm_rotary_store(**ours, eps=1e-6), ours["k_cache"], ours["v_cache"]))
+    q, k_cache, v_cache = outs[0]
+    assert_near(q, expected, pairs(expected))
+    assert_near(k_cache, theirs["k_cache"], pairs(theirs["k_cache"]))
+    assert_near(v_cache, theirs["v_cache"], theirs["v_cache"].abs())
+    assert all(torch.equal(one, other) for out in outs for one, other in zip(out, outs[0], strict=True))
+    for actual, wanted in ((k_cache, theirs["k_cache"]), (v_cache, theirs["v_cache"])):
+        untouched = (wanted == 7).all(-1)
+        assert untouched.any()
+        assert torch.equal(actual[untouched], wanted[untouched])
 
 
 @dtypes
@@ -97,25 +122,3 @@ def test_a_token_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> No
     whole = hopper_linear_silu_mul(x, weight)
     for count in (1, 1500, 2999):
         assert torch.equal(hopper_linear_silu_mul(x[:count].clone(), weight), whole[:count])
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "columns", "depth", "dtype", "is_ours"),
-    [
-        (2048, 6144, 1024, torch.bfloat16, True),
-        (8192, 4096, 1024, torch.float16, True),
-        (1024, 4096, 1024, torch.bfloat16, True),
-        (1536, 6144, 1024, torch.bfloat16, False),
-        (512, 4096, 1024, torch.bfloat16, False),
-        (8192, 4096 + 128, 1024, torch.bfloat16, False),
-        (8192, 4096, 1000, torch.bfloat16, False),
-        (8192, 4096, 1024, torch.float32, False),
-    ],
-)
-def test_what_does_not_fill_the_device_is_left_to_the_library(
-    num_tokens: int, columns: int, depth: int, dtype: torch.dtype, is_ours: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hopper, "num_programs", lambda device: 132)
-    x = torch.empty(num_tokens, depth, dtype=dtype, device=DEVICE)
-    weight = torch.empty(columns, depth, dtype=dtype, device=DEVICE)
-    assert hopper.is_product_of_many(x, weight) == is_ours

@@ -222,6 +222,18 @@ def test_halves_beside_each_other_compute_what_they_do_one_after_the_other(
         assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
 
 
+def test_a_chunk_of_which_nothing_samples_runs_eagerly(tmp_path: Path) -> None:
+    """Then the last layer has no rows behind attention, whatever kernel its widths suit."""
+    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    write_checkpoint(tmp_path, **shape, hidden_size=1024, intermediate_size=3072, max_position_embeddings=8192)
+    limits = {"max_num_batched_tokens": 2048, "max_num_seqs": 4, "dtype": "bfloat16"}
+    harness = build(tmp_path, device="cuda", enforce_eager=True, **limits)  # pyright: ignore[reportArgumentType]
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    outputs = harness.run(random_prompts([5000, 100], seed=6), params)
+    assert [len(output.token_ids) for output in outputs] == [5, 5]
+    assert harness.counters.chunked_prefills >= 2
+
+
 def test_a_manifest_says_whether_the_engine_suits_halves() -> None:
     """Also where it has too few sequences for that."""
 

@@ -61,10 +61,14 @@ def test_sizes_ascend_to_the_largest_step(max_num_seqs: int, max_num_batched_tok
 @limits
 def test_every_count_has_a_size_and_little_padding(max_num_seqs: int, max_num_batched_tokens: int) -> None:
     sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, with_prefills=True, with_halves=False)
-    assert all(padded < min(count, 64) for count, padded in padding(sizes.decodes, max_num_seqs))
-    assert all(padded < max(count, 128) for count, padded in padding(sizes.sampled, max_num_seqs))
+    assert all(padded < max(min(count, 64), count // 8) for count, padded in padding(sizes.decodes, max_num_seqs))
+    assert all(count + padded <= max(2 * count, 128) for count, padded in padding(sizes.sampled, max_num_seqs))
     tokens = padding(sizes.tokens, max_num_batched_tokens)
-    assert all(padded < max(min(count, 1024), 64) for count, padded in tokens)
+    assert all(padded < max(min(count, 1024), 64, count // 8) for count, padded in tokens)
+
+
+def test_the_largest_limits_make_no_more_shapes_than_can_be_captured() -> None:
+    assert graph_sizes(65536, 65536, with_prefills=True, with_halves=True).most_graphs() < 600
 
 
 @limits
