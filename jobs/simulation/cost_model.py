@@ -12,8 +12,11 @@ from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.step_sizes import Padding, StepSizes, recorded_halves, recorded_sizes
 
 WARM_UP_STEPS = 16
+SETTLING_MS = 100.0
+"""An H200 multiplies 8 to 10 % faster for the first 40 to 60 ms (kernels/NOTES.md)."""
+LEAST_PREFILLS = 8
 SUBMIT = ("step", "row", "prefill token", "prefill row")
-POSTPROCESS = ("step", "row", "finished row")
+POSTPROCESS = ("step", "row", "step with finished rows", "finished row")
 BETWEEN = ("step", "step with finished rows", "finished row", "new prompt token")
 ROW_IN_TOKENS = 256
 """What a new row costs the host beside its prompt, as so many tokens of it: a run takes in too few times to tell."""
@@ -65,11 +68,11 @@ class CostModel:
 
     def after_ms(self, num_rows: np.ndarray) -> np.ndarray:
         """To commit a step in which no row ends, and until the next one is scheduled; rows taken in are left out."""
-        return self.postprocess.predict((1.0, num_rows, 0.0)) + self.between.predict((1.0, 0.0, 0.0, 0.0))
+        return self.postprocess.predict((1.0, num_rows, 0.0, 0.0)) + self.between.predict((1.0, 0.0, 0.0, 0.0))
 
     def ending_ms(self, num_finished: int) -> float:
         """What rows that end with a step add to that."""
-        postprocess = self.postprocess.predict_one(0.0, 0.0, num_finished)
+        postprocess = self.postprocess.predict_one(0.0, 0.0, 1.0, num_finished)
         return postprocess + self.between.predict_one(0.0, 1.0, num_finished, 0.0)
 
     def intake_ms(self, num_rows: int, num_tokens: int) -> float:
@@ -97,7 +100,10 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     padding, features = Padding.of(run, run.settings), ForwardFeatures.of(run)
     in_halves = recorded_halves(run, padding.in_halves(sizes, shared.saved))
     columns = features.columns(sizes, padding, shared, in_halves)
-    forward = fit(FEATURES, columns, times.forward, doubted=DOUBTED)
+    settled = _settled(run, sizes, times)
+    columns = [np.broadcast_to(np.asarray(column), len(settled))[settled] for column in columns]
+    forward = fit(FEATURES, columns, times.forward[settled], doubted=DOUBTED)
+    warm_up = max(WARM_UP_STEPS - int(np.count_nonzero(~settled)), 0)
     is_first = _captured_late(sizes, padding)
     others = ~is_first
     submit = _submit(sizes)
@@ -106,13 +112,14 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     captures = times.late_captures(is_first, prepare.predict(submit))
     capture_ms = float(np.median(captures)) if len(captures) else 0.0  # the first one may compile kernels too
     gaps, between = times.device_gaps(), times.between_steps()
+    finished = run.column("num_finished")
     model = CostModel(
         features=features,
         forward=forward,
         gap=_fit_or_zero(GAP, _gap(StepSizes(*(np.asarray(values)[gaps.step] for values in sizes))), gaps.ms),
         schedule=schedule,
         prepare=prepare,
-        postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, run.column("num_finished")), times.postprocess),
+        postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess),
         between=_fit_or_zero(
             BETWEEN,
             (1.0, between.num_finished > 0, between.num_finished, _intake(between.rows_in, between.tokens_in)),
@@ -120,12 +127,14 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
             between.rows_in > 0,
         ),
         capture_ms=capture_ms,
-        warm_up_ms=_warm_up(forward) + _warm_up(schedule) + max(0.0, float((captures - capture_ms).sum())),
+        warm_up_ms=_warm_up(forward, warm_up)
+        + _warm_up(schedule, WARM_UP_STEPS)
+        + max(0.0, float((captures - capture_ms).sum())),
     )
     return FittedCosts(
         model=model,
         num_steps=len(times.forward),
-        error=held_out_error(FEATURES, columns, times.forward, num_warm_up=WARM_UP_STEPS, doubted=DOUBTED),
+        error=held_out_error(FEATURES, columns, times.forward[settled], num_warm_up=warm_up, doubted=DOUBTED),
         num_outliers=int(forward.outliers.sum()),
         num_late_captures=int(is_first.sum()),
         num_other_padding=_other_padding(run, sizes, padding),
@@ -157,9 +166,17 @@ def _fit_or_zero(
     return Fit(names=names, coefficients=np.zeros(len(names)), outliers=nothing > 0, residuals=nothing)
 
 
-def _warm_up(cost: Fit) -> float:
+def _settled(run: RecordedRun, sizes: StepSizes, times: HostTimes) -> np.ndarray:
+    """bool [steps]: without those of a GPU's first moments, while its clock is not yet held down by the power it may
+    draw; all where too few steps with prefills would be left, which show most of that."""
+    settled = ~np.logical_and(run.on_gpu, times.end < times.start[0] + SETTLING_MS)
+    is_kept = np.count_nonzero((sizes.num_decodes < sizes.num_rows)[settled]) >= LEAST_PREFILLS
+    return settled if is_kept else np.ones_like(settled)
+
+
+def _warm_up(cost: Fit, num_steps: int) -> float:
     """What outliers among the first steps took too much."""
-    first = slice(0, WARM_UP_STEPS)
+    first = slice(0, num_steps)
     return max(0.0, float(cost.residuals[first][cost.outliers[first]].sum()))
 
 

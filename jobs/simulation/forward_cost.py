@@ -22,7 +22,6 @@ FEATURES = (
     "TFLOP",
     "decode context",
     "pairs",
-    "longer attention",
 )
 DOUBTED = MappingProxyType(
     {
@@ -39,10 +38,9 @@ few sequences, or of many all the time, the others from steps and rows of logits
 little by itself."""
 FEW_TOKENS = 16
 """Up to here a GPU's matrix products are other kernels than beyond (kernels/linear.py)."""
-GPU_BALANCE = 185.0
-"""FLOPs in the time of a byte, at a GPU's speeds (jobs/roofline.py: an H200's)."""
 GPU_KNEE = 256
-"""Padded tokens up to which a GPU's matrix products take the time of reading the weights, whatever the tokens."""
+"""Padded tokens, or rows of logits, up to which a GPU's matrix products take the time of reading the weights, whatever
+the tokens; beyond, operations count."""
 
 
 class SharedReads(NamedTuple):
@@ -69,12 +67,6 @@ class ForwardFeatures:
     """TFLOP of a row of logits."""
     pair: float
     """TFLOP of a (query, key) pair in the attention of all layers."""
-    context: float
-    """TFLOP that a GPU could do while it reads a token's keys and values in all layers; 0 on a CPU.
-
-    A GPU's steps with prefills read the decodes' context while they compute the prefills' attention: of the two it is
-    the longer one that counts.
-    """
 
     @classmethod
     def of(cls, run: RecordedRun) -> "ForwardFeatures":
@@ -85,7 +77,7 @@ class ForwardFeatures:
         """`c` is the model's shape, as a manifest has it; without it (older runs) tokens alone count as operations."""
         knee = GPU_KNEE if on_gpu else 0
         if c is None:
-            return cls(knee=knee, body=1e-9, head=0.0, pair=0.0, context=0.0)
+            return cls(knee=knee, body=1e-9, head=0.0, pair=0.0)
         hidden, heads, kv_heads = c["hidden_size"], c["num_attention_heads"], c["num_kv_heads"]
         attention = hidden * c["head_dim"] * (2 * heads + 2 * kv_heads)
         layer = attention + 3 * hidden * c["intermediate_size"]
@@ -94,35 +86,34 @@ class ForwardFeatures:
             body=2e-12 * c["num_layers"] * layer,
             head=2e-12 * hidden * c["vocab_size"],
             pair=4e-12 * c["num_layers"] * heads * c["head_dim"],
-            context=1e-12 * GPU_BALANCE * _kv_bytes(c) if on_gpu else 0.0,
         )
+
+    def _latency_share(self, tokens: Any) -> Any:
+        """How much of what few tokens wait for shows in a step: nothing once the matrix units never wait."""
+        if not self.knee:
+            return 1.0
+        return np.clip(2 - tokens / (4 * self.knee), 0, 1)
 
     def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads, in_halves: Any) -> tuple[Any, ...]:
         """FEATURES of one step, or of steps whose sizes are arrays."""
         tokens, logits_rows = padding.padded(sizes)
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
         prefills = sizes.num_decodes < sizes.num_rows
-        context, pairs = sizes.decode_context - shared.saved, sizes.prefill_pairs + shared.pairs
-        longer = 0.0
-        if self.context:
-            of_prefills = sizes.prefill_pairs * (self.pair / self.context)  # in tokens of context
-            longer = prefills * np.maximum(context, of_prefills)
-            context, pairs = context * np.logical_not(prefills), shared.pairs
+        pairs, apart = sizes.prefill_pairs + shared.pairs, sizes.prefill_pairs + shared.pairs
+        if (
+            self.knee
+        ):  # a GPU's matrix units multiply for attention as for the rest; another kernel does it for prefixes
+            logits_rows, apart = np.minimum(logits_rows, self.knee), shared.pairs
+        few = self._latency_share(tokens)
         return (
             1.0,
             np.logical_not(in_halves),
             prefills,
-            tokens > FEW_TOKENS,
-            np.minimum(tokens, FEW_TOKENS),
-            np.minimum(tokens, 64),
+            few * (tokens > FEW_TOKENS),
+            few * np.minimum(tokens, FEW_TOKENS),
+            few * np.minimum(tokens, 64),
             logits_rows,
             products + self.pair * pairs,
-            context,
-            pairs,
-            longer,
+            sizes.decode_context - shared.saved,
+            apart,
         )
-
-
-def _kv_bytes(c: Mapping[str, Any]) -> int:
-    """Of a token, in all layers."""
-    return 2 * c["num_layers"] * c["num_kv_heads"] * c["head_dim"] * (4 if c["dtype"] == "float32" else 2)

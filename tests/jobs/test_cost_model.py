@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jobs.simulation.block_ledger import BlockLedger
-from jobs.simulation.cost_model import CostModel
+from jobs.simulation.cost_model import SETTLING_MS, CostModel
 from jobs.simulation.fitting import fit, held_out_error
 from jobs.simulation.forward_cost import FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.predictor import Predictor
@@ -27,7 +28,6 @@ FORWARD = {
     "rows of logits": 0.01,
     "TFLOP": 1.6,
     "decode context": 1e-4,
-    "longer attention": 2e-4,
 }
 LAW = law(
     forward=FORWARD,
@@ -305,10 +305,8 @@ def test_shared_prefixes_are_read_once_where_the_runner_reads_them_once(tmp_path
     each = write_run(tmp_path / "each", others, costs, SMALL, attention="flash_attn (asked for)")
     assert each.shared == []
     sizes = recorded_sizes(RecordedRun("once", tmp_path / "once"))
-    decodes = (
-        sizes.num_decodes == sizes.num_rows
-    )  # beside prefills the longer attention counts, which costs nothing here
-    saved = sum(shared.saved for shared, counts in zip(once.shared, decodes, strict=True) if counts)
+    assert len(once.shared) == len(sizes.num_rows)
+    saved = sum(shared.saved for shared in once.shared)
     assert saved > 100_000
     assert each.seconds - once.seconds == pytest.approx(saved * 1e-6, rel=1e-6)
 
@@ -320,19 +318,53 @@ def test_settings_keep_the_bytes_of_the_cache():
     assert isinstance(SETTINGS.changed({}), Settings)
 
 
-def test_beside_prefills_the_longer_attention_counts():
-    """185 FLOPs take as long as a byte; of this model a token has 114,688 bytes and a pair 229,376 FLOPs."""
-    features = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=True)
-    pairs_in_a_token = 185 * 114_688 / 229_376
-    columns = dict(zip(FEATURES, features.columns(MIXED, PADDING, SharedReads(), NOT_HALVED), strict=True))
-    assert columns["decode context"].tolist() == [0, 0, 3000]
-    assert columns["longer attention"].tolist() == pytest.approx([5000, 1e6 / pairs_in_a_token, 0])
-    assert columns["pairs"] == 0
-    on_cpu = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=False)
-    columns = dict(zip(FEATURES, on_cpu.columns(MIXED, PADDING, SharedReads(), NOT_HALVED), strict=True))
-    assert columns["decode context"].tolist() == [5000, 1000, 3000]
-    assert columns["pairs"].tolist() == [100_000, 1_000_000, 0]
-    assert columns["longer attention"] == 0
+def test_a_gpus_attention_of_prompts_counts_as_operations_and_a_cpus_apart():
+    on_gpu, on_cpu = (ForwardFeatures.of_model(ARCHITECTURE, on_gpu=on_gpu) for on_gpu in (True, False))
+    first, second = (
+        dict(zip(FEATURES, features.columns(MIXED, PADDING, SharedReads(), NOT_HALVED), strict=True))
+        for features in (on_gpu, on_cpu)
+    )
+    assert first["decode context"].tolist() == second["decode context"].tolist() == [5000, 1000, 3000]
+    assert first["pairs"] == 0
+    assert second["pairs"].tolist() == [100_000, 1_000_000, 0]
+    without = MIXED._replace(prefill_pairs=np.zeros(3, np.int64))
+    bare = dict(zip(FEATURES, on_gpu.columns(without, PADDING, SharedReads(), NOT_HALVED), strict=True))
+    operations = (first["TFLOP"] - bare["TFLOP"]) * 1e12
+    assert operations.tolist() == pytest.approx([100_000 * 229_376, 1_000_000 * 229_376, 0])
+
+
+def test_what_few_tokens_wait_for_is_hidden_behind_many():
+    """From 1,024 tokens to 2,048 on a GPU; and beyond 256 rows of logits only their operations count."""
+    rows = np.array([32, 256, 1024])
+    tokens = np.array([512, 1536, 4096])
+    padding = replace(PADDING, of_decodes=np.arange(4097), of_tokens=np.arange(4097), of_sampled=np.arange(4097))
+    sizes = StepSizes(rows, rows * 0, tokens, rows, rows * 0, rows * 0)
+    found = {}
+    for on_gpu in (True, False):
+        features = ForwardFeatures.of_model(ARCHITECTURE, on_gpu=on_gpu)
+        columns = features.columns(sizes, padding, SharedReads(), NOT_HALVED)
+        found[on_gpu] = {name: np.broadcast_to(c, 3).tolist() for name, c in zip(FEATURES, columns, strict=True)}
+    assert found[True]["tokens up to 64"] == [64, 32, 0]
+    assert found[True]["rows of logits"] == [32, 256, 256]
+    assert found[False]["tokens up to 64"] == [64, 64, 64]
+    assert found[False]["rows of logits"] == rows.tolist()
+
+
+def test_a_gpus_first_moments_are_left_out_of_a_fit_where_enough_steps_remain(tmp_path: Path):
+    """It is faster until its power holds it down."""
+    costs = law(forward={"step": 1.0, "decode context": 1e-4, "TFLOP": 1.5})
+    write_run(tmp_path / "run", rows(150, 2), costs, SMALL)
+    run = RecordedRun("run", tmp_path / "run")
+    early = (run.column("end_ns") < run.column("start_ns")[0] + SETTLING_MS * 1e6).tolist()
+    assert 3 < sum(early) < len(early) / 2
+
+    def faster(steps: list[dict[str, Any]]) -> None:
+        for step, first in zip(steps, early, strict=True):
+            step["forward_ms"] *= 0.9 if first else 1.0
+
+    edit(tmp_path / "run", "steps", faster)
+    found = Predictor(RecordedRun("run", tmp_path / "run")).costs.model.forward
+    assert dict(zip(FEATURES, found.coefficients, strict=True))["step"] == pytest.approx(1.0, rel=0.01)
 
 
 def _sizes(*steps: tuple[int, ...]) -> StepSizes:

@@ -24,7 +24,6 @@ COSTS = law(
         "rows of logits": 0.01,
         "TFLOP": 1.6,
         "decode context": 1e-4,
-        "longer attention": 2e-4,
         "pairs": 1e-6,
     },
     gap={"step": 0.02},
