@@ -40,11 +40,7 @@ def run() -> None:
         raise SettingError("jobs.bench trace: needs a CUDA device, and torch sees none")
     shelf, facts = EngineShelf(), {}
     for name in WORKLOADS:
-        engine = _engine(shelf, name)
-        for _ in range(STEPS_BEFORE[name]):
-            engine.step()
-        kernels = _trace(engine)
-        engine.abort_all()
+        kernels = _look(shelf, name)
         seen = occupancy((start, end) for _, start, end in kernels)
         print(
             f"{name}: {seen.span / STEPS / 1e3:.3f} ms a step, busy {seen.busy / seen.span:.1%}, gaps over "
@@ -59,6 +55,16 @@ def run() -> None:
             "host_gaps": round(seen.long_gaps / seen.span, 4),
         }
     print(json.dumps({"benchmark": "trace", "device": torch.cuda.get_device_name(), "workloads": facts}))
+
+
+def _look(shelf: EngineShelf, name: str) -> list[tuple[str, float, float]]:
+    """What `_trace` gives; no reference to the engine stays, whose memory the next one takes."""
+    engine = _engine(shelf, name)
+    for _ in range(STEPS_BEFORE[name]):
+        engine.step()
+    kernels = _trace(engine)
+    engine.abort_all()
+    return kernels
 
 
 def occupancy(intervals: Iterable[tuple[float, float]]) -> Occupancy:
