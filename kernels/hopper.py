@@ -48,8 +48,13 @@ def is_prefill_attention(q: Tensor, k_cache: Tensor) -> bool:
     return is_group and is_block and head_size in (PANEL, 2 * PANEL) and _runs(q)
 
 
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has such kernels for the dtype."""
+    return dtype in (torch.bfloat16, torch.float16) and _is_hopper(device)
+
+
 def _runs(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16) and _is_hopper(x.device)
+    return runs_on(x.device, x.dtype)
 
 
 @functools.cache

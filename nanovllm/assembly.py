@@ -317,6 +317,7 @@ def _settings(
         "attention": f"{choice.attention} ({choice.attention_reason})",
         "cuda_graphs": _graphs_setting(config, device, sizes),
         "halves": halves,
+        "hopper_kernels": _has_hopper_kernels(choice, dtype, device),
         "block_size": config.kv.block_size,
         "num_blocks": config.kv.num_blocks or "auto",
         "kv_memory_fraction": config.kv.memory_fraction,
@@ -328,6 +329,15 @@ def _settings(
         "row_multiple": row_multiple(device),
         "seed": config.seed,
     }
+
+
+def _has_hopper_kernels(choice: KernelChoice, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether shapes that suit them get the kernels for compute capability 9.0."""
+    if device.type != "cuda" or "triton" not in (choice.kernels, choice.attention):
+        return False
+    from kernels.hopper import runs_on
+
+    return runs_on(device, dtype)
 
 
 def _graphs_setting(config: LLMConfig, device: torch.device, sizes: GraphSizes | None) -> str:

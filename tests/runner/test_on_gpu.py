@@ -245,6 +245,12 @@ def test_a_manifest_says_whether_the_engine_suits_halves() -> None:
     assert halves("float32") is halves("bfloat16", kernels="reference", attention="reference") is False
 
 
+def test_a_manifest_says_whether_hoppers_kernels_run() -> None:
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    for dtype, expected in (("bfloat16", is_hopper), ("float32", False)):
+        assert build("tiny", device="cuda", dtype=dtype).assembly.facts()["hopper_kernels"] == expected
+
+
 def test_flash_attn_says_what_it_lacks() -> None:
     with pytest.raises(ValueError, match=r"kv\.block_size=16 must be a multiple of 256"):
         build("tiny", device="cuda", dtype="bfloat16", attention="flash_attn")
