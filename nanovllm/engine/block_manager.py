@@ -180,7 +180,7 @@ class BlockManager:
 
     def num_unused(self, blocks: np.ndarray) -> int:
         """How many of `blocks` nobody uses: taking these lowers num_free."""
-        return len(blocks) - int(np.count_nonzero(self._ref_counts[blocks]))
+        return len(blocks) - int(np.count_nonzero(self._ref_counts[blocks])) if len(blocks) else 0
 
     def content_of(self, block: int) -> int:
         """Content number of a published block."""

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,7 @@ from nanovllm.sampling_params import ResolvedSampling
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "abort": "aborted", "error": "error"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """A sequence that has ended."""
 
     seq_id: int

@@ -1,15 +1,14 @@
 """What crosses the seam between the scheduler and a device, and nothing else."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from nanovllm.sampling_params import ResolvedSampling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
+class Admission(NamedTuple):
     """A sequence that takes a slot in this step; it keeps the slot until it ends or is preempted."""
 
     slot: int

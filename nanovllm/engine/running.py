@@ -39,6 +39,7 @@ class Running:
         self._blocks = blocks
         self.order = np.empty(0, np.intp)
         """Slots that are taken, in order of admission."""
+        self._all_slots = np.arange(max_num_seqs)
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self.num_prefilling = 0
@@ -98,7 +99,7 @@ class Running:
         slot = seq.slot = self.free_slots.pop()
         self.sequences[slot] = seq
         self.seq_ids[slot] = seq.seq_id
-        self.order = np.append(self.order, slot)
+        self.order = np.concatenate((self.order, self._all_slots[slot : slot + 1]))
         self.num_prefilling += 1
         self.tokens[slot, :num_tokens] = seq.token_ids
         self.computed[slot] = num_cached

@@ -1,7 +1,7 @@
 """One sequence on its way through the engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,8 +86,7 @@ class Sequence:
         return Ended(sequence=self, token_ids=output_ids, reason=reason)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class Ended(NamedTuple):
     """A sequence that has just ended, with all its output."""
 
     sequence: Sequence
