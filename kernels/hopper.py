@@ -2,12 +2,10 @@
 
 One warp or two ask for tiles (TMA copies into shared memory), two groups of four warps multiply 64 rows of them each
 and do what comes after; they meet at barriers in shared memory. Registers go to those who need them. The scheme is that
-of CUTLASS and FlashAttention-3 (arXiv 2407.08608). Nothing of them is imported here: they need Gluon, which is there
-where such a device is.
+of CUTLASS and FlashAttention-3 (arXiv 2407.08608). Nothing of them is imported here: only such a device needs Gluon.
 """
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -59,8 +57,4 @@ def _runs(x: Tensor) -> bool:
 
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and _has_gluon()
-
-
-def _has_gluon() -> bool:
-    return importlib.util.find_spec("triton.experimental.gluon") is not None
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

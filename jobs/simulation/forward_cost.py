@@ -99,7 +99,7 @@ class ForwardFeatures:
         tokens, logits_rows = padding.padded(sizes)
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
         prefills = sizes.num_decodes < sizes.num_rows
-        pairs, apart = sizes.prefill_pairs + shared.pairs, sizes.prefill_pairs + shared.pairs
+        pairs = apart = sizes.prefill_pairs + shared.pairs
         if (
             self.knee
         ):  # a GPU's matrix units multiply for attention as for the rest; another kernel does it for prefixes

@@ -80,6 +80,12 @@ class RecordedRun:
         return "in halves" in self.engine["cuda_graphs"] if found is None else found  # before `halves` stood there
 
     @property
+    def captures_late(self) -> bool:
+        """Whether graphs of steps with prefills are captured when they first come, not at the start: until `halves`
+        stood in the manifest."""
+        return "halves" not in self.engine
+
+    @property
     def is_whole(self) -> bool:
         """Whether it ran from beginning to end in one attempt."""
         return self.manifest["status"] == COMPLETE and self.num_attempts == 1

@@ -84,6 +84,8 @@ class Padding:
     """[rows of logits of a step with prefills]"""
     halves_from: np.ndarray
     """[rows of a step without prefills]: the tokens of context from which it runs in halves"""
+    captures_late: bool = False
+    """Whether graphs of steps with prefills are captured when they first come, all but the largest one."""
 
     @classmethod
     def of(cls, run: RecordedRun, settings: Settings) -> "Padding":
@@ -97,6 +99,7 @@ class Padding:
             of_tokens=_table(graphs.tokens if graphs else none, tokens, multiple),
             of_sampled=_table(graphs.sampled if graphs and graphs.tokens else none, seqs, multiple),
             halves_from=np.array([graphs.halves_from(rows) if graphs else NEVER for rows in range(seqs + 1)]),
+            captures_late=run.captures_late,
         )
 
     def in_halves(self, sizes: StepSizes, saved: Any) -> np.ndarray:
@@ -123,9 +126,9 @@ class Padding:
     def is_captured_late(self, tokens: int, sampled: int) -> bool:
         """Whether a step with prefills has a shape whose graph is captured when it first comes."""
         graphs = self.graphs
-        return (
-            graphs is not None and bool(graphs.tokens) and (tokens, sampled) != (graphs.tokens[-1], graphs.sampled[-1])
-        )
+        if not self.captures_late or graphs is None or not graphs.tokens:
+            return False
+        return (tokens, sampled) != (graphs.tokens[-1], graphs.sampled[-1])
 
 
 def _table(sizes: list[int], most: int, multiple: int) -> np.ndarray:

@@ -86,8 +86,12 @@ def write_run(
     graphs: bool = True,
     with_halves: bool = False,
 ) -> Outcome:
-    """A run directory of those rows, as a device with these costs would have left it."""
+    """A run directory of those rows, as a device with these costs would have left it.
+
+    Where captures cost something, it is of a version that knew no halves and captured graphs late.
+    """
     directory.mkdir(parents=True)
+    halves = {} if costs.capture_ms and not with_halves else {"halves": with_halves}
     manifest = {
         "schema_version": 1,
         "status": "complete",
@@ -103,7 +107,7 @@ def write_run(
             "device": "cuda:0" if on_gpu else "cpu",
             "attention": attention,
             "cuda_graphs": "decode steps, prefill steps" if graphs else "off (enforce_eager)",
-            "halves": with_halves,
+            **halves,
             "row_multiple": 1 if on_gpu else 16,
             "architecture": ARCHITECTURE,
         },

@@ -140,6 +140,12 @@ def test_the_clock_adds_up(tmp_path: Path, forward_ms: float, on_gpu: bool, expe
     assert clock_of(tmp_path, costs, on_gpu=on_gpu, row=row) * 1e3 == pytest.approx(expected_ms, abs=1e-5)
 
 
+def test_a_version_that_captures_all_at_the_start_captures_none_late(tmp_path: Path):
+    write_run(tmp_path / "run", rows(150, 1), replace(LAW, capture_ms=0.0), SMALL)
+    costs = Predictor(RecordedRun("run", tmp_path / "run")).costs
+    assert costs.num_late_captures == costs.model.capture_ms == 0
+
+
 def test_a_late_capture_waits_for_the_device(tmp_path: Path):
     """Step 0 has a shape of its own, and the host another 20 ms; decode shapes are there from the start."""
     costs = law(forward={"step": 10.0}, submit={"step": 1.0}, capture_ms=20.0)
@@ -255,7 +261,7 @@ def test_what_the_record_says_of_halves_counts_and_the_rule_where_it_says_nothin
 def test_whether_more_sequences_would_run_in_halves_is_in_the_manifest(halves: bool, tmp_path: Path):
     """Of a run with too few for that, which an older version's words did not say."""
     few, many = replace(SMALL, max_num_seqs=4), replace(SMALL, max_num_seqs=100)
-    write_run(tmp_path / "run", rows(5, 1), LAW, few, with_halves=halves)
+    write_run(tmp_path / "run", rows(5, 1), replace(LAW, capture_ms=0.0), few, with_halves=halves)
 
     def sizes() -> list[list[int]]:
         run = RecordedRun("run", tmp_path / "run")

@@ -192,11 +192,15 @@ def test_a_run_of_an_older_version_is_predicted_alike(run: Path, tmp_path: Path,
     shutil.copytree(run, older)
     schema = STEPS.remove(STEPS.get_field_index("in_halves")).with_metadata({"schema_version": "2"})
     write_table(older, "steps", rows_of(run, "steps"), schema)
-    edit_manifest(older, lambda manifest: manifest["engine"].pop("halves"))
     now, before = (simulated(capsys, f"run={path}", "engine.max_num_seqs=8,32") for path in (run, older))
     assert [line for line in before if "simulated in" not in line] == [
         line.replace(str(run), str(older)) for line in now if "simulated in" not in line
     ]
+    assert not any("late captures" in line for line in now)
+    edit_manifest(older, lambda manifest: manifest["engine"].pop("halves"))
+    before = simulated(capsys, f"run={older}", "engine.max_num_seqs=8,32")
+    assert any("late captures" in line for line in before), "as its version captured graphs"
+    assert before[-2] == now[-2], "block events"
 
 
 def test_a_run_that_left_no_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
