@@ -72,11 +72,8 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._stream = torch.cuda.Stream() if capture else None
         if capture:
-            for num_tokens, num_sampled in sizes.with_prefills:
-                self._prepare(self._prefill_shape(num_tokens, num_sampled))
-            for rows in reversed(sizes.decodes):
-                for shape in self._decode_shapes(rows):
-                    self._prepare(shape)
+            for shape in self.all_shapes():
+                self._prepare(shape)
             torch.cuda.synchronize()
 
     @property
@@ -87,6 +84,13 @@ class StepGraphs:
     def most_input_bytes(self) -> int:
         """What the inputs of a prepared shape take on the device, at most."""
         return max(prepared.inputs.num_bytes for prepared in self._prepared.values())
+
+    def all_shapes(self) -> list[StepShape]:
+        """Those of all steps that there can be: with prefills, then without, the largest first."""
+        shapes = [self._prefill_shape(*counts) for counts in self.sizes.with_prefills]
+        for rows in reversed(self.sizes.decodes):
+            shapes += self._decode_shapes(rows)
+        return shapes
 
     def has_shapes(self, *, prefills: bool) -> bool:
         """Whether steps with prefills, or without, run at fixed shapes."""
