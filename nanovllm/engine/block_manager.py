@@ -30,12 +30,13 @@ class PublishRuns(NamedTuple):
     counts: np.ndarray
 
 
-class _Prefix(NamedTuple):
-    """A prefix that was found; it is there still if its blocks have the same content numbers."""
+class _Lookup(NamedTuple):
+    """What was found of a prompt; it is there still if nothing has been evicted since."""
 
+    token_ids: np.ndarray
     hashes: list[int]
     blocks: np.ndarray
-    contents: bytes
+    num_evictions: int
 
 
 class BlockManager:
@@ -69,8 +70,9 @@ class BlockManager:
         self._tokens = np.zeros((num_blocks, block_size), np.int32)
         self._index: dict[tuple[int, int], int] = {}
         self._last_content = ROOT
-        self._last_found = _Prefix([], _NO_BLOCKS, b"")
-        self._last_hashed: tuple[np.ndarray, list[int]] = (np.empty(0, np.int32), [])
+        self._num_evictions = 0
+        self._last_lookup = _Lookup(np.empty(0, np.int32), [], _NO_BLOCKS, 0)
+        self._places = np.empty(num_blocks, np.intp)  # scratch: where a block stands in what is being freed
 
     @property
     def num_free(self) -> int:
@@ -125,48 +127,32 @@ class BlockManager:
             at += size
         return hashes
 
-    def hash_prompt(self, hashes: list[int], token_ids: np.ndarray, num_blocks: int) -> None:
-        """Grow the chained hashes of `token_ids`' leading full blocks until there are `num_blocks` of them.
+    def find_prefix(self, token_ids: np.ndarray, hashes: list[int], num_blocks: int) -> np.ndarray:
+        """Blocks that hold the first `num_blocks` full blocks of `token_ids`, as many as are there; takes none of them.
 
-        Prompts that begin alike often come one after the other: what the last one had in common is not hashed again.
+        `hashes`, chained ones of leading full blocks, grow until there are `num_blocks` of them.
+
+        Prompts that begin alike often come one after the other: what is common with the last one is not hashed, looked
+        up and compared again, and where both find the same blocks, the same array is returned.
         """
-        if len(hashes) >= num_blocks:
-            return
-        if not hashes:
-            last_ids, last_hashes = self._last_hashed
-            hashes += last_hashes[: min(_num_common(last_ids, token_ids) // self.block_size, num_blocks)]
-        size = self.block_size
-        self.extend_hashes(hashes, token_ids[len(hashes) * size : num_blocks * size].tobytes())
-        self._last_hashed = (token_ids, hashes[:num_blocks])
-
-    def find_prefix(self, token_ids: np.ndarray, hashes: list[int]) -> np.ndarray:
-        """Blocks that hold the leading full blocks of `token_ids`, as many as are there; takes none of them."""
         if not self.prefix_caching:
             return _NO_BLOCKS
-        found, size = self._look_up(hashes), self.block_size
-        wanted = token_ids[: len(found) * size]
-        if self._tokens[found].tobytes() != wanted.tobytes():
-            differs = (self._tokens[found] != wanted.reshape(-1, size)).any(axis=1)
-            found = found[: differs.argmax()]
+        last, size = self._last_lookup, self.block_size
+        num_common = min(_num_common(last.token_ids, token_ids) // size, num_blocks)
+        if len(hashes) < num_blocks:
+            if not hashes:
+                hashes += last.hashes[:num_common]
+            self.extend_hashes(hashes, token_ids[len(hashes) * size : num_blocks * size].tobytes())
+        found = last.blocks if last.num_evictions == self._num_evictions else _NO_BLOCKS
+        if len(found) > num_common:
+            found = found[:num_common]
+        parent = self.content_of(found[-1]) if len(found) else ROOT
+        more = self._walk(parent, hashes[len(found) : num_blocks])
+        if more:
+            wanted = token_ids[len(found) * size : (len(found) + len(more)) * size]
+            found = np.concatenate([found, self._holding(np.array(more, np.intp), wanted)])
+        self._last_lookup = _Lookup(token_ids, hashes, found, self._num_evictions)
         return found
-
-    def _look_up(self, hashes: list[int]) -> np.ndarray:
-        """Blocks that the index has for a chain of hashes, from its beginning.
-
-        Goes on from the last prefix that was found, if this one begins with it: content numbers are never given out
-        again, so a block that has its number still holds its prefix and stands in the index under it.
-        """
-        last, count = self._last_found, len(self._last_found.hashes)
-        if count and hashes[:count] == last.hashes and self._contents[last.blocks].tobytes() == last.contents:
-            more = self._walk(self.content_of(last.blocks[-1]), hashes[count:])
-            if not more:
-                return last.blocks
-            blocks = np.concatenate([last.blocks, np.array(more, np.intp)])
-        else:
-            blocks = np.array(self._walk(ROOT, hashes), np.intp)
-        if len(blocks):
-            self._last_found = _Prefix(hashes[: len(blocks)], blocks, self._contents[blocks].tobytes())
-        return blocks
 
     def _walk(self, parent: int, hashes: list[int]) -> list[int]:
         found: list[int] = []
@@ -178,6 +164,14 @@ class BlockManager:
             parent = self.content_of(block)
         return found
 
+    def _holding(self, blocks: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        """The leading ones of `blocks` that hold `token_ids`, which fill them all."""
+        held = self._tokens[blocks]
+        if held.tobytes() == token_ids.tobytes():
+            return blocks
+        differs = (held != token_ids.reshape(-1, self.block_size)).any(axis=1)
+        return blocks[: differs.argmax()]
+
     def num_unused(self, blocks: np.ndarray) -> int:
         """How many of `blocks` nobody uses: taking these lowers num_free."""
         return len(blocks) - int(np.count_nonzero(self._ref_counts[blocks])) if len(blocks) else 0
@@ -186,15 +180,23 @@ class BlockManager:
         """Content number of a published block."""
         return self._contents.item(block)
 
-    def hit(self, seq_id: int, blocks: np.ndarray) -> None:
-        """Add `seq_id` to the users of blocks that `find_prefix` has just returned."""
-        counts = self._ref_counts[blocks]
+    def hit(self, seq_ids: int | np.ndarray, blocks: np.ndarray) -> None:
+        """Add one sequence, or one after the other, to the users of blocks that `find_prefix` has returned.
+
+        Nothing may have been taken in between.
+        """
+        counts, hashes = self._ref_counts[blocks], self._hashes[blocks]
         if np.count_nonzero(counts) < len(counts):
-            unused = counts == 0
-            self._cached.remove(blocks[unused])
-        counts += 1
-        self._ref_counts[blocks] = counts
-        self._log.add(_HIT, blocks, seq_id, ref_counts=counts, hashes=self._hashes[blocks], has_hash=True)
+            self._cached.remove(blocks[counts == 0])
+        if isinstance(seq_ids, int):
+            self._ref_counts[blocks] = counts = counts + 1
+        else:
+            num_users = len(seq_ids)
+            counts = (counts + np.arange(1, num_users + 1, dtype=np.int32)[:, None]).reshape(-1)
+            self._ref_counts[blocks] = counts[-len(blocks) :]
+            seq_ids = np.repeat(seq_ids, len(blocks))
+            blocks, hashes = np.tile(blocks, num_users), np.tile(hashes, num_users)
+        self._log.add(_HIT, blocks, seq_ids, ref_counts=counts, hashes=hashes, has_hash=True)
 
     def allocate(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
         """Take `count` blocks, for one sequence or, of as many, one for each.
@@ -215,6 +217,7 @@ class BlockManager:
     def _evict(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
         """Take the cached blocks used longest ago; each is given up just before it is taken."""
         blocks = self._cached.take(count)
+        self._num_evictions += count
         hashes = self._hashes[blocks]
         keys = zip(self._parents[blocks].tolist(), hashes.tolist(), strict=True)
         deque(map(self._index.__delitem__, keys), maxlen=0)
@@ -305,35 +308,43 @@ class BlockManager:
         end and never loses its beginning first.
         """
         blocks = np.concatenate([table[::-1] for table in tables])
-        listed = blocks.tolist()
-        if len(set(listed)) < len(listed):
-            if len(tables) == 1:
-                raise _freed_too_often(next(block for block in listed if listed.count(block) > 1))
-            each = zip(seq_ids, tables, reasons, strict=True)  # they share blocks
-            return sum(self.free([seq_id], [table], [reason]) for seq_id, table, reason in each)
-        counts = self._ref_counts[blocks] - 1
+        owners = np.repeat(seq_ids, [len(table) for table in tables])
+        counts = self._ref_counts[blocks] - 1 - self._times_before(blocks, owners)
         if np.count_nonzero(counts < 0):
             raise _freed_too_often(int(blocks[counts.argmin()]))
         free_before = self.num_free
         freed, has_hash = counts == 0, self._contents[blocks] != ROOT
-        self._ref_counts[blocks] = counts
+        self._ref_counts[blocks] = counts  # of a block that comes several times, the last one stays
         self._empty.put(blocks[freed & ~has_hash])
         self._cached.put(blocks[freed & has_hash])
-        owner, reason = seq_ids[0], REASON_CODES[reasons[0]]
-        if len(tables) > 1:
-            sizes = [len(table) for table in tables]
-            owner = np.repeat(seq_ids, sizes)
-            reason = np.repeat([REASON_CODES[reason] for reason in reasons], sizes)
+        reason = np.repeat([REASON_CODES[reason] for reason in reasons], [len(table) for table in tables])
         self._log.add(
             np.where(freed, _FREE, _RELEASE),
             blocks,
-            owner,
+            owners,
             reason=reason,
             ref_counts=counts,
             hashes=self._hashes[blocks],
             has_hash=has_hash,
         )
         return self.num_free - free_before
+
+    def _times_before(self, blocks: np.ndarray, owners: np.ndarray) -> int | np.ndarray:
+        """How often each of `blocks` has come before in it, never of the same owner."""
+        places = np.arange(len(blocks))
+        self._places[blocks] = places
+        if np.array_equal(self._places[blocks], places):
+            return 0
+        by_block = np.argsort(blocks, kind="stable")
+        is_again = np.zeros(len(blocks), np.bool_)
+        is_again[1:] = blocks[by_block[1:]] == blocks[by_block[:-1]]
+        twice = is_again[1:] & (owners[by_block[1:]] == owners[by_block[:-1]])
+        if np.count_nonzero(twice):
+            raise _freed_too_often(int(blocks[by_block[1:][twice][0]]))
+        first = np.maximum.accumulate(np.where(is_again, 0, places))
+        times = np.empty(len(blocks), np.int32)
+        times[by_block] = places - first
+        return times
 
     def check_integrity(self, tables: Items[Items[int]]) -> None:
         """Raise AssertionError, with the numbers, unless the blocks are conserved.

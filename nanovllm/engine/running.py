@@ -1,6 +1,6 @@
 """The running sequences: persistent arrays with one slot per sequence, and the blocks that a slot holds."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,20 @@ class TableEntries(NamedTuple):
     slots: np.ndarray
     columns: np.ndarray
     blocks: np.ndarray
+
+
+class _Placed(NamedTuple):
+    """A sequence that has a slot but does not stand in the arrays yet; or, of many, arrays int64 [sequences]."""
+
+    slot: Any
+    seq_id: Any
+    num_tokens: Any
+    num_cached: Any
+    limit: Any
+    parent: Any
+    stops_at_eos: Any
+    has_own_stops: Any
+    has_first_token: Any
 
 
 class Running:
@@ -39,7 +53,6 @@ class Running:
         self._blocks = blocks
         self.order = np.empty(0, np.intp)
         """Slots that are taken, in order of admission."""
-        self._all_slots = np.arange(max_num_seqs)
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self.num_prefilling = 0
@@ -73,6 +86,8 @@ class Running:
         self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
         self._hashes: list[list[int]] = [[]] * max_num_seqs  # the sequences' prefix_hashes
 
+        self._placed: list[_Placed] = []
+        self._placed_hits: list[tuple[np.ndarray, list[int]]] = []  # and the slots that they are for
         self._new_entries: list[TableEntries] = []  # for the next plan
 
     def sequence_in(self, slot: int) -> Sequence:
@@ -89,45 +104,74 @@ class Running:
 
     # Taking a slot
 
-    def place(self, seq: Sequence, hits: np.ndarray, limit: int, now_ns: int) -> None:
-        """Give a waiting sequence a slot, and the cached blocks `hits` as the first blocks of its table."""
-        num_tokens = len(seq.token_ids)
+    def place(self, seq: Sequence, hits: np.ndarray, now_ns: int) -> None:
+        """Give a waiting sequence a slot, and the cached blocks `hits` as the first blocks of its table.
+
+        `settle` must follow, and does what can be done for many at once.
+        """
         num_cached = len(hits) * self._blocks.block_size
         if seq.first_scheduled_ns is None:
             seq.first_scheduled_ns = now_ns
             seq.num_cached_tokens = num_cached
         slot = seq.slot = self.free_slots.pop()
         self.sequences[slot] = seq
-        self.seq_ids[slot] = seq.seq_id
-        self.order = np.concatenate((self.order, self._all_slots[slot : slot + 1]))
-        self.num_prefilling += 1
-        self.tokens[slot, :num_tokens] = seq.token_ids
-        self.computed[slot] = num_cached
-        self.committed[slot] = self.length[slot] = self.prefill_end[slot] = num_tokens
-        self.limit[slot] = limit
-        self.capacity[slot] = 0
-        self.in_flight[slot] = 0
-        self.stops_at_eos[slot] = not seq.sampling.ignore_eos
-        self.has_own_stops[slot] = bool(seq.stop_token_ids) or seq.stop_check is not None
-        self.has_first_token[slot] = seq.first_token_ns is not None
         self._hashes[slot] = seq.prefix_hashes
-        self._published[slot] = len(hits)
-        self._parent[slot] = self._blocks.content_of(hits[-1]) if len(hits) else ROOT
+        self.tokens[slot, : len(seq.token_ids)] = seq.token_ids
+        parent = ROOT
         if len(hits):
-            self._blocks.hit(seq.seq_id, hits)
-            self._enter(slot, hits)
+            parent = self._blocks.content_of(hits[-1])
+            if self._placed_hits and self._placed_hits[-1][0] is hits:
+                self._placed_hits[-1][1].append(slot)  # so they are in use already
+            else:
+                self._blocks.hit(seq.seq_id, hits)
+                self._placed_hits.append((hits, [slot]))
+        self._placed.append(
+            _Placed(
+                slot=slot,
+                seq_id=seq.seq_id,
+                num_tokens=len(seq.token_ids),
+                num_cached=num_cached,
+                limit=seq.limit,
+                parent=parent,
+                stops_at_eos=not seq.sampling.ignore_eos,
+                has_own_stops=bool(seq.stop_token_ids) or seq.stop_check is not None,
+                has_first_token=seq.first_token_ns is not None,
+            )
+        )
+
+    def settle(self) -> None:
+        """Enter what has been placed since the last call, and take blocks for all of its tokens."""
+        if not self._placed:
+            return
+        placed = _Placed(*np.array(self._placed, np.int64).T)
+        self._placed.clear()
+        slots, num_cached = placed.slot, placed.num_cached
+        self.order = np.concatenate((self.order, slots))
+        self.num_prefilling += len(slots)
+        self.seq_ids[slots] = placed.seq_id
+        self.computed[slots] = self.capacity[slots] = num_cached
+        self.committed[slots] = self.length[slots] = self.prefill_end[slots] = placed.num_tokens
+        self.limit[slots] = placed.limit
+        self.in_flight[slots] = 0
+        self.stops_at_eos[slots] = placed.stops_at_eos
+        self.has_own_stops[slots] = placed.has_own_stops
+        self.has_first_token[slots] = placed.has_first_token
+        self._published[slots] = num_cached // self._blocks.block_size
+        self._parent[slots] = placed.parent
+        for hits, sharers in self._placed_hits:
+            self._enter_hits(hits, np.array(sharers, np.intp))
+        self._placed_hits.clear()
+        self.grow(slots, -(-(placed.num_tokens - num_cached) // self._blocks.block_size))
+
+    def _enter_hits(self, hits: np.ndarray, slots: np.ndarray) -> None:
+        """They begin the tables of `slots`, of which the first is among their users."""
+        if len(slots) > 1:
+            self._blocks.hit(self.seq_ids[slots[1:]], hits)
+        self._tables[slots, : len(hits)] = hits
+        columns = np.tile(np.arange(len(hits)), len(slots))
+        self._new_entries.append(TableEntries(np.repeat(slots, len(hits)), columns, np.tile(hits, len(slots))))
 
     # Growing
-
-    def take_blocks(self, wanted: list[tuple[int, int]]) -> None:
-        """Take the blocks that are wanted, as (slot, count); none are wanted afterwards."""
-        if len(wanted) == 1:  # as where prompts share a prefix; a third of the time that grow takes
-            ((slot, count),) = wanted
-            self._enter(slot, self._blocks.allocate(self.seq_ids.item(slot), count))
-        elif wanted:
-            slots, counts = np.array(wanted, np.intp).T
-            self.grow(slots, counts)
-        wanted.clear()
 
     def grow(self, slots: np.ndarray, counts: np.ndarray | None = None) -> None:
         """`counts` [slots] more blocks for each slot, or one more."""
@@ -139,14 +183,6 @@ class Running:
         self._flat_tables[owners * self._width + columns] = blocks
         self.capacity[slots] = capacity + (size if counts is None else size * counts)
         self._new_entries.append(TableEntries(owners, columns, blocks))
-
-    def _enter(self, slot: int, blocks: np.ndarray) -> None:
-        """Append blocks to a slot's table and to the next plan's table entries."""
-        first, count = self._num_held(slot), len(blocks)
-        self._tables[slot, first : first + count] = blocks
-        self.capacity[slot] += count * self._blocks.block_size
-        columns = np.arange(first, first + count)
-        self._new_entries.append(TableEntries(np.full(count, slot), columns, blocks))
 
     def drain_table_entries(self) -> TableEntries:
         """The entries since the last call, in the order in which they were made, as int32."""

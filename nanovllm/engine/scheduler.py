@@ -112,7 +112,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the caller has checked that it can ever fit."""
-        limit = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
+        limit = seq.limit = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
         assert 0 < seq.num_prompt_tokens < limit, f"seq_id={seq.seq_id} has no room for an output token"
         assert self.blocks_for(limit) <= self.blocks.num_blocks, f"seq_id={seq.seq_id} can never fit"
         self.waiting.append(seq)
@@ -232,28 +232,24 @@ class Scheduler:
         now_ns: int,
     ) -> None:
         """Give slots and blocks to waiting sequences, first come first served, while all of these last."""
-        wanted: list[tuple[int, int]] = []  # slot and number of the blocks that are taken in one go
+        running, waiting, block_size = self.running, self.waiting, self.blocks.block_size
         num_wanted = 0
-        while self.waiting and budget > 0 and self.running.free_slots:
-            seq = self.waiting[0]
-            hits = self._prefix(seq)
-            if len(hits) and wanted:
-                # These were admitted before: their blocks come first, and a hit may be evicted for them.
-                num_cached = self.blocks.num_cached
-                self.running.take_blocks(wanted)
-                num_wanted = 0
-                if self.blocks.num_cached < num_cached:
-                    hits = self._prefix(seq)
-            if seq.num_in_flight or not self._fits(seq, hits, num_wanted):
+        while waiting and budget > 0 and running.free_slots:
+            seq = waiting[0]
+            if seq.num_in_flight:
                 break
-            self.waiting.popleft()
+            num_tokens = len(seq.token_ids)
+            # At least the last token is always computed.
+            hits = self.blocks.find_prefix(seq.token_ids, seq.prefix_hashes, (num_tokens - 1) // block_size)
+            num_new = -(-num_tokens // block_size) - len(hits)
+            if num_new + num_wanted + self._reserve() + self.blocks.num_unused(hits) > self.blocks.num_free:
+                break
+            waiting.popleft()
             self._displaced.pop(seq.seq_id, None)
-            limit = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
-            self.running.place(seq, hits, limit, now_ns)
-            wanted.append((seq.slot, self._num_blocks_of(seq) - len(hits)))
-            num_wanted += wanted[-1][1]
-            num_cached = len(hits) * self.blocks.block_size
-            count = min(len(seq.token_ids) - num_cached, budget)
+            running.place(seq, hits, now_ns)
+            num_wanted += num_new
+            num_cached = len(hits) * block_size
+            count = min(num_tokens - num_cached, budget)
             budget -= count
             prefills.append((seq.slot, count))
             admissions.append(
@@ -261,22 +257,12 @@ class Scheduler:
             )
             if num_cached:
                 cached[seq.slot] = num_cached
-        self.running.take_blocks(wanted)
+        running.settle()
 
-    def _prefix(self, seq: Sequence) -> np.ndarray:
-        """Cached blocks that a waiting sequence can take; at least its last token is always computed."""
-        usable = (len(seq.token_ids) - 1) // self.blocks.block_size
-        if self.blocks.prefix_caching:
-            self.blocks.hash_prompt(seq.prefix_hashes, seq.token_ids, usable)
-        return self.blocks.find_prefix(seq.token_ids, seq.prefix_hashes[:usable])
-
-    def _fits(self, seq: Sequence, hits: np.ndarray, num_wanted: int) -> bool:
-        need = self._num_blocks_of(seq) - len(hits) + self.blocks.num_unused(hits)
-        reserve = -(-len(self.running.order) * GROWTH_STEPS // self.blocks.block_size)
-        return need + reserve + num_wanted <= self.blocks.num_free
-
-    def _num_blocks_of(self, seq: Sequence) -> int:
-        return -(-len(seq.token_ids) // self.blocks.block_size)
+    def _reserve(self) -> int:
+        """Blocks that stay free for those that run to grow."""
+        num_running = self.max_num_seqs - len(self.running.free_slots)
+        return -(-num_running * GROWTH_STEPS // self.blocks.block_size)
 
     def _build_plan(
         self, step: int, decodes: np.ndarray, prefills: list[tuple[int, int]], admissions: list[Admission]

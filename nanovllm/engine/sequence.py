@@ -24,6 +24,7 @@ class Sequence:
         "end_reason",
         "first_scheduled_ns",
         "first_token_ns",
+        "limit",
         "num_cached_tokens",
         "num_in_flight",
         "num_preemptions",
@@ -64,6 +65,8 @@ class Sequence:
         self.arrived_ns = arrived_ns
         self.first_scheduled_ns: int | None = None
         self.first_token_ns: int | None = None
+        self.limit = 0
+        """Tokens, prompt included, at which it ends at the latest; the scheduler sets it."""
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.slot = -1

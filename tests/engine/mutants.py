@@ -75,15 +75,15 @@ MUTANTS = (
     ),
     mutant(
         "a hit does not raise the reference count",
-        ("hit", "self._ref_counts[blocks] = counts", "self._ref_counts[blocks] = 1"),
+        ("hit", "self._ref_counts[blocks] = counts = counts + 1", "self._ref_counts[blocks] = 1"),
     ),
     mutant(
         "a hit leaves the block among the evictable",
-        ("hit", "self._cached.remove(blocks[unused])", "pass"),
+        ("hit", "self._cached.remove(blocks[counts == 0])", "pass"),
     ),
     mutant(
         "a hit is verified by the hash alone",
-        ("find_prefix", "self._tokens[found].tobytes() != wanted.tobytes()", "False"),
+        ("_holding", "held.tobytes() == token_ids.tobytes()", "True"),
         hash_bits=6,
     ),
     mutant(
@@ -94,12 +94,12 @@ MUTANTS = (
     ),
     mutant(
         "a prefix is found where it was found before, though it has been evicted since",
-        ("_look_up", " and self._contents[last.blocks].tobytes() == last.contents", ""),
+        ("find_prefix", "last.num_evictions == self._num_evictions", "True"),
     ),
     mutant(
         "prompts that begin alike share the hash of the block in which they part",
-        ("hash_prompt", "_num_common(last_ids, token_ids) // self.block_size",
-         "-(-_num_common(last_ids, token_ids) // self.block_size)"),
+        ("find_prefix", "_num_common(last.token_ids, token_ids) // size",
+         "-(-_num_common(last.token_ids, token_ids) // size)"),
     ),
     mutant(
         "publishing goes on behind a hash collision",
@@ -115,8 +115,8 @@ MUTANTS = (
     ),
     mutant(
         "a prompt can be hit in the step that computes it",
-        ("_admit", "budget -= count", "budget -= count; self.running.take_blocks(wanted); "
-         "self.running._publish(np.array([seq.slot]), np.array([(num_cached + count) // self.blocks.block_size]))"),
+        ("_admit", "budget -= count", "budget -= count; running.settle(); "
+         "running._publish(np.array([seq.slot]), np.array([(num_cached + count) // block_size]))"),
     ),
     mutant(
         "a block is published before its last token is known",
@@ -126,8 +126,7 @@ MUTANTS = (
     # Tables
     mutant(
         "one block too few for a prompt that just crosses a block's end",
-        ("_num_blocks_of", "-(-len(seq.token_ids) // self.blocks.block_size)",
-         "-(-(len(seq.token_ids) - 1) // self.blocks.block_size) or 1"),
+        ("settle", "placed.num_tokens - num_cached", "placed.num_tokens - num_cached - (placed.num_tokens > 1)"),
     ),
     mutant(
         "a decode gets its new block one token late",
@@ -143,15 +142,29 @@ MUTANTS = (
     ),
     mutant(
         "blocks that a hit takes out of the free ones are not counted at admission",
-        ("_fits", " + self.blocks.num_unused(hits)", ""),
+        ("_admit", " + self.blocks.num_unused(hits)", ""),
     ),
     mutant(
         "blocks that earlier admissions of the step are to get are not counted at admission",
-        ("_fits", " + num_wanted", ""),
+        ("_admit", " + num_wanted", ""),
     ),
     mutant(
         "a hit may be evicted for an earlier admission of the step",
-        ("_admit", "if self.blocks.num_cached < num_cached:", "if False:"),
+        ("place", "self._blocks.hit(seq.seq_id, hits)", "pass"),
+        ("_enter_hits", "if len(slots) > 1:\n            self._blocks.hit(self.seq_ids[slots[1:]], hits)",
+         "self._blocks.hit(self.seq_ids[slots], hits)"),
+        ("settle", "for hits, sharers in self._placed_hits:",
+         "self.grow(slots, -(-(placed.num_tokens - num_cached) // self._blocks.block_size)); slots = slots[:0]; "
+         "placed = _Placed(*(column[:0] for column in placed)); num_cached = num_cached[:0]\n"
+         "        for hits, sharers in self._placed_hits:"),
+    ),
+    mutant(
+        "of those who hit the same blocks in a step only the first counts",
+        ("_enter_hits", "self._blocks.hit(self.seq_ids[slots[1:]], hits)", "pass"),
+    ),
+    mutant(
+        "blocks that several sequences give back in a step count once",
+        ("free", " - self._times_before(blocks, owners)", ""),
     ),
     mutant(
         "blocks are freed from the first to the last",
@@ -159,12 +172,12 @@ MUTANTS = (
     ),
     mutant(
         "the blocks of a hit are missing in the runner's table",
-        ("place", "self._enter(slot, hits)", "self.capacity[slot] += len(hits) * self._blocks.block_size"),
+        ("_enter_hits", "self._new_entries.append(TableEntries(np.repeat(slots, len(hits)), columns, "
+         "np.tile(hits, len(slots))))", "pass"),
     ),
     mutant(
         "a hit covers the whole prompt",
-        ("_prefix", "(len(seq.token_ids) - 1) // self.blocks.block_size",
-         "len(seq.token_ids) // self.blocks.block_size"),
+        ("_admit", "(num_tokens - 1) // block_size", "num_tokens // block_size"),
     ),
     # Budget
     mutant("an admission costs no budget", ("_admit", "budget -= count", "pass")),
@@ -194,7 +207,7 @@ MUTANTS = (
     ),
     mutant(
         "a preempted sequence is admitted with a step still under way",
-        ("_admit", "if seq.num_in_flight or not", "if not"),
+        ("_admit", "if seq.num_in_flight:", "if False:"),
     ),
     mutant(
         "end-of-sequence is overlooked in the token of a preempted sequence",
@@ -214,8 +227,7 @@ MUTANTS = (
     ),
     mutant(
         "a re-admitted sequence forgets when its first token came",
-        ("place", "self.has_first_token[slot] = seq.first_token_ns is not None",
-         "self.has_first_token[slot] = False"),
+        ("place", "has_first_token=seq.first_token_ns is not None", "has_first_token=False"),
     ),
     mutant(
         "a preempted sequence waits for ever for its step under way",
@@ -223,7 +235,8 @@ MUTANTS = (
     ),
     mutant(
         "a re-admitted sequence takes its output for prompt",
-        ("place", "self.prefill_end[slot] = num_tokens", "self.prefill_end[slot] = seq.num_prompt_tokens"),
+        ("settle", "self.prefill_end[slots] = placed.num_tokens",
+         "placed.num_tokens; self.prefill_end[slots] = [self.sequence_in(slot).num_prompt_tokens for slot in slots]"),
     ),
     # Ending
     mutant(

@@ -15,10 +15,8 @@ def prompt(*token_ids: int) -> np.ndarray:
 
 
 def find(blocks: BlockManager, token_ids: np.ndarray, hashes: list[int] | None = None) -> list[int]:
-    if hashes is None:
-        hashes = []
-        blocks.hash_prompt(hashes, token_ids, len(token_ids) // blocks.block_size)
-    return blocks.find_prefix(token_ids, hashes).tolist()
+    num_blocks = len(token_ids) // blocks.block_size
+    return blocks.find_prefix(token_ids, [] if hashes is None else hashes, num_blocks).tolist()
 
 
 def take(blocks: BlockManager, seq_id: int, count: int) -> list[int]:
@@ -54,7 +52,7 @@ def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
     """Take blocks for whole blocks of tokens and publish them all."""
     size = blocks.block_size
     hashes: list[int] = []
-    blocks.hash_prompt(hashes, token_ids, len(token_ids) // size)
+    blocks.extend_hashes(hashes, token_ids[: len(token_ids) // size * size].tobytes())
     table = blocks.allocate(seq_id, len(hashes))
     blocks.publish(
         runs_of((seq_id, ROOT, len(hashes))), table, hashes, token_ids[: len(hashes) * size].reshape(-1, size)
@@ -187,7 +185,7 @@ def test_equal_blocks_that_are_published_in_one_call_are_published_once() -> Non
     blocks = BlockManager(8, SIZE)
     first, second = prompt(1, 2, 3, 4), prompt(1, 2, 3, 4, 5, 6)
     hashes: list[int] = []
-    blocks.hash_prompt(hashes, second, 3)
+    blocks.extend_hashes(hashes, second.tobytes())
     table = blocks.allocate(1, 2), blocks.allocate(2, 3)
 
     contents = blocks.publish(
@@ -260,8 +258,8 @@ def test_a_hash_covers_the_whole_prefix(block_size: int) -> None:
     token_ids = np.arange(3 * block_size, dtype=np.int32)
     hashes: list[int] = []
 
-    blocks.hash_prompt(hashes, token_ids, 1)
-    blocks.hash_prompt(hashes, token_ids, 3)
+    blocks.find_prefix(token_ids, hashes, 1)
+    blocks.find_prefix(token_ids, hashes, 3)
 
     assert hashes == [chained_hash(list(range(n * block_size)), block_size) for n in (1, 2, 3)]
 
@@ -273,7 +271,7 @@ def test_the_hashes_of_a_prompt_do_not_depend_on_the_prompt_before(num_common: i
         token_ids = np.concatenate([np.arange(num_common), np.arange(first_id, first_id + 13 - num_common)])
         hashes: list[int] = []
 
-        blocks.hash_prompt(hashes, token_ids.astype(np.int32), 3)
+        blocks.find_prefix(token_ids.astype(np.int32), hashes, 3)
 
         assert hashes == [chained_hash(token_ids.tolist()[:n], 4) for n in (4, 8, 12)]
 
