@@ -15,8 +15,9 @@ import torch
 
 from jobs.bench_report import Round, StepTotals
 from jobs.generate_job import SMALL_MODEL
-from jobs.ration import Ration
+from jobs.ration import take_rows
 from jobs.recorder import ParquetRecorder
+from jobs.turns import short_turns
 from jobs.workloads import Workload
 from nanovllm.assembly import Assembly, Phase, assemble
 from nanovllm.config import LLMConfig
@@ -68,7 +69,7 @@ def run_round(assembly: Assembly, load: Workload, *, seed: int, temperature: flo
         flight = ParquetRecorder.alone(Path(directory)) if with_recorder else None
         recorders: list[Recorder] = [totals] if flight is None else [totals, flight]
         try:
-            with _attached(assembly.engine, recorders), collector_kept_out():
+            with _attached(assembly.engine, recorders), short_turns(), collector_kept_out():
                 start = time.perf_counter()
                 num_tokens = _answer(assembly.engine, load, sampling)
                 seconds = time.perf_counter() - start
@@ -93,14 +94,17 @@ def run_round(assembly: Assembly, load: Workload, *, seed: int, temperature: flo
 def _answer(engine: LLMEngine, load: Workload, sampling: list[ResolvedSampling]) -> int:
     """The number of output tokens. Prompts go in as jobs.generate takes them in: few steps ahead of their turn."""
     pending = deque(zip(range(len(sampling)), load.prompts, sampling, strict=True))
-    enough = engine.scheduler.max_num_seqs
     num_tokens = 0
+
+    def take() -> int | None:
+        if not pending:
+            return None
+        row, prompt, params = pending.popleft()
+        engine.add(np.array(prompt, np.int32), params, row=row)
+        return len(prompt)
+
     while pending or engine.has_work():
-        ration = Ration(engine.scheduler.max_num_batched_tokens)
-        while pending and engine.num_waiting < enough and not ration.is_spent:
-            row, prompt, params = pending.popleft()
-            engine.add(np.array(prompt, np.int32), params, row=row)
-            ration.take(len(prompt))
+        take_rows(engine, take)
         num_tokens += sum(len(output.token_ids) for output in engine.step())
     return num_tokens
 

@@ -12,6 +12,7 @@ from jobs.ready_rows import ReadyRow
 from jobs.row_feed import RowFeed
 from jobs.rows import BadRow
 from jobs.stop import StopRequest
+from jobs.turns import short_turns
 from jobs.watchdog import Watchdog
 from jobs.writer import FailureWriter, Generation, GenerationWriter
 from nanovllm.engine.llm_engine import SequenceOutput
@@ -84,7 +85,7 @@ class GenerateLoop:
         for recorder in self._engine.recorders:
             recorder.on_start(None, None, self._source)
         try:
-            with collector_kept_out() as collect:
+            with short_turns(), collector_kept_out() as collect:
                 while self._feed(stop) or self._engine.has_work():
                     for output in self._engine.step():
                         self._finish(output)

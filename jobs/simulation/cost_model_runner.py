@@ -42,7 +42,7 @@ class CostModelRunner:
         self._model = model
         self._padding = padding
         self._finder = finder
-        self._now = 0.0
+        self.now_ms = 0.0
         self._device_free = 0.0
         self._results: deque[tuple[StepResult, float]] = deque()
         self._last_decoded = np.empty(0, np.int64)
@@ -53,8 +53,8 @@ class CostModelRunner:
         self._output_starts = rows.output_starts
         self._rows = rows
         # By seq_id: where the token at position 0 would stand, and the last place of the sequence's output.
-        self._bases = np.zeros(len(rows), np.int64)
-        self._lasts = np.zeros(len(rows), np.int64)
+        self._bases = rows.output_starts - rows.num_prompt_tokens
+        self._lasts = self._output_ends.copy()
         alone = np.arange(max_num_seqs + 1)
         zeros = np.zeros_like(alone)
         decodes = StepSizes(alone, alone, alone, alone, zeros, zeros)
@@ -71,21 +71,22 @@ class CostModelRunner:
 
     def clock(self) -> int:
         """Nanoseconds."""
-        return round(self._now * 1e6)
+        return round(self.now_ms * 1e6)
 
     def spend(self, ms: float) -> None:
         """The host is at work."""
-        self._now += ms
+        self.now_ms += ms
 
     def wait_until(self, ns: float) -> None:
-        self._now = max(self._now, ns / 1e6)
+        self.now_ms = max(self.now_ms, ns / 1e6)
 
     # The sequences
 
     def expect(self, seq_id: int, index: int) -> None:
         """The engine's new sequence is the recorded row at `index`."""
-        self._bases[seq_id] = self._output_starts[index] - self._rows.num_prompt_tokens[index]
-        self._lasts[seq_id] = self._output_ends[index]
+        if seq_id != index:  # rows before it have been refused
+            self._bases[seq_id] = self._output_starts[index] - self._rows.num_prompt_tokens[index]
+            self._lasts[seq_id] = self._output_ends[index]
 
     # What a Runner does
 
@@ -105,10 +106,10 @@ class CostModelRunner:
             submit_ms, forward_ms, gap_ms = self._model.of_step(sizes, self._padding, shared)
         prefills = sizes.num_decodes < rows
         submit_ms += self._capture_ms(tokens, sampled) if prefills else 0.0
-        self._now += submit_ms
-        self._device_free = max(self._device_free, self._now) + forward_ms + gap_ms
+        self.now_ms += submit_ms
+        self._device_free = max(self._device_free, self.now_ms) + forward_ms + gap_ms
         if not self.lookahead:
-            self._now = self._device_free
+            self.now_ms = self._device_free
         has_graph = self._padding.has_graph(prefills=prefills)
         result = StepResult(
             token_ids=self._tokens(plan),
@@ -146,10 +147,10 @@ class CostModelRunner:
         results = deque(done for _, done in self._results)
         for step in range(num_steps):
             submit_ms, forward_ms, gap_ms = self._decode_costs(rows, context + step * rows, shared)
-            self._now += submit_ms
-            self._device_free = max(self._device_free, self._now) + forward_ms + gap_ms
+            self.now_ms += submit_ms
+            self._device_free = max(self._device_free, self.now_ms) + forward_ms + gap_ms
             results.append(self._device_free)
-            self._now = max(self._now, results.popleft()) + after_ms
+            self.now_ms = max(self.now_ms, results.popleft()) + after_ms
         old = (result for result, _ in self._results)
         self._results = deque(
             (replace(result, token_ids=self._tokens(plan)), done)
@@ -158,7 +159,7 @@ class CostModelRunner:
 
     def collect(self) -> StepResult:
         result, done = self._results.popleft()
-        self._now = max(self._now, done)
+        self.now_ms = max(self.now_ms, done)
         return result
 
     def _tokens(self, plan: Plan) -> np.ndarray:
@@ -173,7 +174,7 @@ class CostModelRunner:
         if shape in self._captured or not self._padding.is_captured_late(*shape):
             return 0.0
         self._captured.add(shape)
-        return max(self._device_free - self._now, 0.0) + self._model.capture_ms
+        return max(self._device_free - self.now_ms, 0.0) + self._model.capture_ms
 
     def _find_shared(self, finder: SharedReadsFinder, plan: Plan) -> SharedReads:
         shared = finder.find(plan)

@@ -15,6 +15,8 @@ NOT_FINITE = -1
 FIRST_OWN_TOKEN = 2**30
 """Tokens that were made up are this and more, so that they are none of a recorded output's."""
 FILLING = FIRST_OWN_TOKEN - 1
+KEPT_TOKENS = 2**24
+"""Prompts of so many tokens in all are made up once for all configurations of a grid: 64 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class RecordedRows:
         shared = zip(column("shared_prefix_row", -1).tolist(), column("shared_prefix_tokens").tolist(), strict=True)
         self._shared = [_SharedPrefix(*each) for each in shared]
         self._prompts: dict[int, np.ndarray] = {}
+        self._kept: list[np.ndarray | None] = [None] * len(chosen)
+        self._keeps = int(self.num_prompt_tokens.sum()) <= KEPT_TOKENS
         self._needed = self._needed_of_others()
         self.output_starts, self.output_tokens, self.num_known_outputs = self._outputs(run.directory)
 
@@ -70,7 +74,10 @@ class RecordedRows:
         return most_shared >= block_size or bool(self.sample.any())
 
     def prompt(self, index: int) -> np.ndarray:
-        """int32 token ids; asked for in order."""
+        """int32 token ids; asked for in order, by one simulation after the other."""
+        kept = self._kept[index]
+        if kept is not None:
+            return kept
         row = int(self.row[index])
         if row not in self._prompts or len(self._prompts[row]) < self.num_prompt_tokens[index]:
             shared = self._shared[index]
@@ -78,6 +85,8 @@ class RecordedRows:
         prompt = self._prompts[row]
         if row not in self._needed:
             del self._prompts[row]
+        if self._keeps:
+            self._kept[index] = prompt
         return prompt
 
     def _made_up(self, row: int, length: int, shared: _SharedPrefix) -> np.ndarray:

@@ -121,7 +121,10 @@ class _Simulation:
         self._rows = rows
         self._by_time = run.arrives_by_time
         self._next = 0
-        self._num_failed_before = np.diff(rows.row, prepend=-1).clip(1) - 1  # rows of the input that never ran
+        # Rows of the input that never ran.
+        self._num_failed_before = (np.diff(rows.row, prepend=-1).clip(1) - 1).tolist()
+        self._samples = rows.sample.tolist()
+        self._num_output_tokens = rows.num_output_tokens.tolist()
         self._arrived: dict[int, float] = {}
         self._latencies: list[float] = []
         self._samplings: dict[int | None, ResolvedSampling] = {}
@@ -143,8 +146,7 @@ class _Simulation:
             num_rows = engine.scheduler.num_running
             outputs = engine.step()
             end_ns = runner.clock()
-            for output in outputs:
-                self._finish(output, end_ns)
+            self._finish(outputs, runner.now_ms)
             if until_preemption and self.outcome.num_preemptions:
                 return False
             runner.spend(self._after_ms[num_rows] + (self._model.ending_ms(len(outputs)) if outputs else 0.0))
@@ -197,28 +199,31 @@ class _Simulation:
         self._next += 1
         prompt = rows.prompt(index)
         try:
-            seq_id = self._engine.add(
-                prompt, self._sampling(rows.max_tokens[index]), row=index, sample=int(rows.sample[index])
-            )
+            sampling = self._sampling(rows.max_tokens[index])
+            seq_id = self._engine.add(prompt, sampling, row=index, sample=self._samples[index])
         except PromptError as error:
             self.outcome.refused[error.code] = self.outcome.refused.get(error.code, 0) + 1
             return 0
         self._runner.expect(seq_id, index)
-        self._arrived[seq_id] = self._runner.clock()
+        num_tokens = len(prompt)
+        self._arrived[seq_id] = self._runner.now_ms
         self._rows_in += 1
-        self._tokens_in += len(prompt)
-        self.outcome.num_prompt_tokens += len(prompt)
-        return len(prompt)
+        self._tokens_in += num_tokens
+        self.outcome.num_prompt_tokens += num_tokens
+        return num_tokens
 
     def _sampling(self, max_tokens: int | None) -> ResolvedSampling:
-        if max_tokens not in self._samplings:
-            self._samplings[max_tokens] = ResolvedSampling(max_tokens=max_tokens)
-        return self._samplings[max_tokens]
+        sampling = self._samplings.get(max_tokens)
+        if sampling is None:
+            sampling = self._samplings[max_tokens] = ResolvedSampling(max_tokens=max_tokens)
+        return sampling
 
-    def _finish(self, output: SequenceOutput, end_ns: int) -> None:
-        outcome = self.outcome
-        self._latencies.append((end_ns - self._arrived.pop(output.seq_id)) / 1e9)
-        outcome.num_cached_tokens += output.num_cached_tokens
-        outcome.num_output_tokens += len(output.token_ids)
-        outcome.num_preemptions += output.num_preemptions
-        outcome.num_shorter += len(output.token_ids) < self._rows.num_output_tokens[output.row]
+    def _finish(self, outputs: list[SequenceOutput], now_ms: float) -> None:
+        outcome, latencies = self.outcome, self._latencies
+        for output in outputs:
+            num_tokens = len(output.token_ids)
+            latencies.append((now_ms - self._arrived.pop(output.seq_id)) / 1e3)
+            outcome.num_cached_tokens += output.num_cached_tokens
+            outcome.num_output_tokens += num_tokens
+            outcome.num_preemptions += output.num_preemptions
+            outcome.num_shorter += num_tokens < self._num_output_tokens[output.row]

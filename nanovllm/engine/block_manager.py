@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from nanovllm.engine.event_log import KIND_CODES, REASON_CODES, BlockEventLog
+from nanovllm.engine.event_log import KIND_CODES, BlockEventLog
 from nanovllm.engine.free_blocks import CachedBlocks, EmptyBlocks
 from nanovllm.events import ALLOCATE, COMMIT, EVICT, FREE, HIT, RELEASE, BlockEvents
 
@@ -301,14 +301,12 @@ class BlockManager:
         )
         return contents
 
-    def free(self, seq_ids: Items[int], tables: Items[np.ndarray], reasons: Items[str]) -> int:
-        """Take each sequence off the users of its blocks, its table; returns how many blocks have no user left.
+    def free(self, owners: np.ndarray, blocks: np.ndarray, reasons: np.ndarray) -> int:
+        """Take each owner, a sequence, off the users of its block; returns how many blocks have no user left.
 
-        One sequence after the other, and each from its last block to the first, so that a prefix is evicted from its
-        end and never loses its beginning first.
+        All [blocks], reasons as REASON_CODES. The caller goes from a sequence's last block to its first, so that a prefix
+        is evicted from its end and never loses its beginning first.
         """
-        blocks = np.concatenate([table[::-1] for table in tables])
-        owners = np.repeat(seq_ids, [len(table) for table in tables])
         counts = self._ref_counts[blocks] - 1 - self._times_before(blocks, owners)
         if np.count_nonzero(counts < 0):
             raise _freed_too_often(int(blocks[counts.argmin()]))
@@ -317,12 +315,11 @@ class BlockManager:
         self._ref_counts[blocks] = counts  # of a block that comes several times, the last one stays
         self._empty.put(blocks[freed & ~has_hash])
         self._cached.put(blocks[freed & has_hash])
-        reason = np.repeat([REASON_CODES[reason] for reason in reasons], [len(table) for table in tables])
         self._log.add(
             np.where(freed, _FREE, _RELEASE),
             blocks,
             owners,
-            reason=reason,
+            reason=reasons,
             ref_counts=counts,
             hashes=self._hashes[blocks],
             has_hash=has_hash,

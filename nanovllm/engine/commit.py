@@ -9,6 +9,9 @@ from nanovllm.engine.plan import Plan
 from nanovllm.engine.running import Running
 from nanovllm.engine.sequence import Ended, Sequence
 
+_REASONS = ("error", "eos", "stop", "max_tokens")
+_ERROR, _EOS, _STOP, _MAX_TOKENS = range(len(_REASONS))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
@@ -85,10 +88,11 @@ class Committer:
         first = (good & ~running.has_first_token[slots]).nonzero()[0]
         if len(first):
             self._note_first_tokens(slots[first], now_ns)
-        for i in done.tolist():
-            reason = "error" if not good[i] else "eos" if eos[i] else "stop" if stopped[i] else "max_tokens"
-            ended.append(running.end(int(slots[i]), reason))
-        if len(ended):
+        if len(done):
+            reasons = np.where(
+                good[done], np.where(eos[done], _EOS, np.where(stopped[done], _STOP, _MAX_TOKENS)), _ERROR
+            )
+            ended += running.end(slots[done], [_REASONS[reason] for reason in reasons.tolist()])
             running.release_ended(slots[done])
 
     def _own_stops(self, slots: np.ndarray, tokens: np.ndarray, good: np.ndarray, eos: np.ndarray) -> np.ndarray:

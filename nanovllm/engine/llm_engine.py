@@ -311,15 +311,6 @@ class LLMEngine:
             )
             for recorder in self.recorders:
                 recorder.on_request(event)
-        return SequenceOutput(
-            seq_id=seq.seq_id,
-            row=seq.row,
-            sample=seq.sample,
-            request_id=seq.request_id,
-            token_ids=ended.token_ids.tolist(),
-            finish_reason=finish_reason,
-            stop=seq.sampling.stop,
-            num_prompt_tokens=seq.num_prompt_tokens,
-            num_cached_tokens=seq.num_cached_tokens,
-            num_preemptions=seq.num_preemptions,
-        )
+        origin = (seq.seq_id, seq.row, seq.sample, seq.request_id)
+        answer = (ended.token_ids.tolist(), finish_reason, seq.sampling.stop)
+        return SequenceOutput(*origin, *answer, seq.num_prompt_tokens, seq.num_cached_tokens, seq.num_preemptions)

@@ -1,14 +1,16 @@
 """The running sequences: persistent arrays with one slot per sequence, and the blocks that a slot holds."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.engine.block_manager import CUT, ROOT, BlockManager, PublishRuns
+from nanovllm.engine.event_log import REASON_CODES
 from nanovllm.engine.sequence import Ended, Sequence
 from nanovllm.events import ABORTED, FINISHED
 
 _NOTHING = np.empty(0, np.int32)
+_ABORTED, _FINISHED = REASON_CODES[ABORTED], REASON_CODES[FINISHED]
 
 
 class TableEntries(NamedTuple):
@@ -20,17 +22,17 @@ class TableEntries(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """A sequence that has a slot but does not stand in the arrays yet; or, of many, arrays int64 [sequences]."""
+    """Sequences that have a slot but do not stand in the arrays yet: int64 [sequences]."""
 
-    slot: Any
-    seq_id: Any
-    num_tokens: Any
-    num_cached: Any
-    limit: Any
-    parent: Any
-    stops_at_eos: Any
-    has_own_stops: Any
-    has_first_token: Any
+    slot: np.ndarray
+    seq_id: np.ndarray
+    num_tokens: np.ndarray
+    num_cached: np.ndarray
+    limit: np.ndarray
+    parent: np.ndarray
+    stops_at_eos: np.ndarray
+    has_own_stops: np.ndarray
+    has_first_token: np.ndarray
 
 
 class Running:
@@ -77,6 +79,7 @@ class Running:
         """Submitted steps of the slot's sequence whose tokens have not been committed."""
         self.ended = per_slot(np.bool_)
         """Its sequence has ended, and keeps the slot until its last submitted step is committed."""
+        self._aborted = per_slot(np.bool_)
         self.stops_at_eos = per_slot(np.bool_)
         self.has_own_stops = per_slot(np.bool_)
         self.has_first_token = per_slot(np.bool_)
@@ -86,7 +89,7 @@ class Running:
         self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
         self._hashes: list[list[int]] = [[]] * max_num_seqs  # the sequences' prefix_hashes
 
-        self._placed: list[_Placed] = []
+        self._placed: list[tuple[int, ...]] = []  # fields of _Placed
         self._placed_hits: list[tuple[np.ndarray, list[int]]] = []  # and the slots that they are for
         self._new_entries: list[TableEntries] = []  # for the next plan
 
@@ -104,19 +107,19 @@ class Running:
 
     # Taking a slot
 
-    def place(self, seq: Sequence, hits: np.ndarray, now_ns: int) -> None:
-        """Give a waiting sequence a slot, and the cached blocks `hits` as the first blocks of its table.
+    def place(self, seq: Sequence, hits: np.ndarray, now_ns: int) -> int:
+        """Give a waiting sequence a slot, which is returned, and the cached blocks `hits` to begin its table with.
 
         `settle` must follow, and does what can be done for many at once.
         """
-        num_cached = len(hits) * self._blocks.block_size
+        token_ids, num_cached = seq.token_ids, len(hits) * self._blocks.block_size
         if seq.first_scheduled_ns is None:
             seq.first_scheduled_ns = now_ns
             seq.num_cached_tokens = num_cached
-        slot = seq.slot = self.free_slots.pop()
+        slot = self.free_slots.pop()
         self.sequences[slot] = seq
         self._hashes[slot] = seq.prefix_hashes
-        self.tokens[slot, : len(seq.token_ids)] = seq.token_ids
+        self.tokens[slot, : len(token_ids)] = token_ids
         parent = ROOT
         if len(hits):
             parent = self._blocks.content_of(hits[-1])
@@ -125,19 +128,11 @@ class Running:
             else:
                 self._blocks.hit(seq.seq_id, hits)
                 self._placed_hits.append((hits, [slot]))
-        self._placed.append(
-            _Placed(
-                slot=slot,
-                seq_id=seq.seq_id,
-                num_tokens=len(seq.token_ids),
-                num_cached=num_cached,
-                limit=seq.limit,
-                parent=parent,
-                stops_at_eos=not seq.sampling.ignore_eos,
-                has_own_stops=bool(seq.stop_token_ids) or seq.stop_check is not None,
-                has_first_token=seq.first_token_ns is not None,
-            )
-        )
+        has_own_stops = bool(seq.stop_token_ids) or seq.stop_check is not None
+        stops_at_eos, has_first_token = not seq.sampling.ignore_eos, seq.first_token_ns is not None
+        numbers = (slot, seq.seq_id, len(token_ids), num_cached, seq.limit, parent)
+        self._placed.append((*numbers, stops_at_eos, has_own_stops, has_first_token))
+        return slot
 
     def settle(self) -> None:
         """Enter what has been placed since the last call, and take blocks for all of its tokens."""
@@ -286,12 +281,16 @@ class Running:
 
     # Leaving
 
-    def end(self, slot: int, reason: str) -> Ended:
-        """A sequence has ended; `release_ended` follows now, or when its last submitted step is committed."""
-        seq = self.sequence_in(slot)
-        self.ended[slot] = True
-        self.num_ended += 1
-        return seq.end(reason, self.tokens[slot, seq.num_prompt_tokens : self.committed[slot]].copy())
+    def end(self, slots: np.ndarray, reasons: list[str]) -> list[Ended]:
+        """Sequences have ended; `release_ended` follows now, or when the last submitted step of each is committed."""
+        self.ended[slots] = True
+        self._aborted[slots] = [reason == "abort" for reason in reasons]
+        self.num_ended += len(slots)
+        ended: list[Ended] = []
+        for slot, length, reason in zip(slots.tolist(), self.committed[slots].tolist(), reasons, strict=True):
+            seq = self.sequence_in(slot)
+            ended.append(seq.end(reason, self.tokens[slot, seq.num_prompt_tokens : length].copy()))
+        return ended
 
     def release_ended(self, slots: np.ndarray) -> None:
         """Those of the slots whose sequence has ended, and whose submitted steps are all committed, are given back."""
@@ -300,19 +299,18 @@ class Running:
             return
         self.ended[slots] = False
         self.num_ended -= len(slots)
-        self.leave(slots, [self._free_reason(slot) for slot in slots.tolist()])
+        self.leave(slots, np.where(self._aborted[slots], _ABORTED, _FINISHED))
 
-    def _free_reason(self, slot: int) -> str:
-        return ABORTED if self.sequence_in(slot).end_reason == "abort" else FINISHED
+    def leave(self, slots: np.ndarray, reasons: np.ndarray) -> int:
+        """Give back slots and their blocks, one after the other; returns how many blocks have no user left.
 
-    def leave(self, slots: np.ndarray, reasons: list[str]) -> int:
-        """Give back slots and their blocks, one after the other; returns how many blocks have no user left."""
+        `reasons` [slots] as REASON_CODES.
+        """
         freed = self._free_blocks(slots, reasons)
         if self.num_prefilling:
             self.num_prefilling -= int(np.count_nonzero(self.computed[slots] < self.prefill_end[slots]))
         listed = slots.tolist()
         for slot in listed:
-            self.sequence_in(slot).slot = -1
             self.sequences[slot] = None
         self.capacity[slots] = 0
         self.seq_ids[slots] = -1
@@ -320,20 +318,25 @@ class Running:
         self.free_slots += listed
         return freed
 
-    def _free_blocks(self, slots: np.ndarray, reasons: list[str]) -> int:
+    def _free_blocks(self, slots: np.ndarray, reasons: np.ndarray) -> int:
         """What a sequence has not published yet is published just before its blocks are freed."""
         full = self._num_full(slots)
         due = (full > self._published[slots]).nonzero()[0].tolist() if self._blocks.prefix_caching else []
         freed, first = 0, 0
         for end in [*due, len(slots)]:
             if first < end:
-                part = slots[first:end]
-                tables = [self.table_of(slot) for slot in part.tolist()]
-                freed += self._blocks.free(self.seq_ids[part].tolist(), tables, reasons[first:end])
+                freed += self._free_tables(slots[first:end], reasons[first:end])
             if end < len(slots):
                 self._publish(slots[end : end + 1], full[end : end + 1])
             first = end
         return freed
+
+    def _free_tables(self, slots: np.ndarray, reasons: np.ndarray) -> int:
+        counts = self.capacity[slots] // self._blocks.block_size
+        owners = np.repeat(slots, counts)
+        columns = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(owners))  # of each slot from last to first
+        blocks = self._flat_tables[owners * self._width + columns]
+        return self._blocks.free(self.seq_ids[owners], blocks, np.repeat(reasons, counts))
 
 
 def _joined(entries: list[TableEntries]) -> TableEntries:

@@ -7,6 +7,7 @@ import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.commit import Commit, Committer
+from nanovllm.engine.event_log import REASON_CODES
 from nanovllm.engine.plan import Admission, Plan
 from nanovllm.engine.running import Running
 from nanovllm.engine.sequence import Ended, Sequence
@@ -89,7 +90,9 @@ class Scheduler:
     def live_tables(self) -> dict[int, list[int]]:
         """Block tables of all sequences that hold blocks, by seq_id (for checks, not for the step loop)."""
         running = self.running
-        return {seq.seq_id: running.table_of(seq.slot).tolist() for seq in running.sequences if seq is not None}
+        return {
+            seq.seq_id: running.table_of(slot).tolist() for slot, seq in enumerate(running.sequences) if seq is not None
+        }
 
     def live_seq_ids(self) -> list[int]:
         """Everything that has not ended: running in order of admission, then waiting."""
@@ -127,7 +130,7 @@ class Scheduler:
         slots = np.flatnonzero((self.running.seq_ids == seq_id) & ~self.running.ended)
         if not len(slots):
             return None
-        ended = self.running.end(int(slots[0]), "abort")
+        (ended,) = self.running.end(slots, ["abort"])
         self.running.release_ended(slots)
         return ended
 
@@ -204,7 +207,7 @@ class Scheduler:
         seq.num_preemptions += 1
         if seq.num_in_flight:
             self._displaced[seq.seq_id] = seq
-        freed = running.leave(np.array([slot]), [PREEMPTED])
+        freed = running.leave(np.array([slot]), np.array([REASON_CODES[PREEMPTED]]))
         self.waiting.appendleft(seq)
         return Preemption(seq.seq_id, freed, self.blocks.num_free, seq.num_preemptions)
 
@@ -232,37 +235,32 @@ class Scheduler:
         now_ns: int,
     ) -> None:
         """Give slots and blocks to waiting sequences, first come first served, while all of these last."""
-        running, waiting, block_size = self.running, self.waiting, self.blocks.block_size
-        num_wanted = 0
+        running, blocks, waiting, block_size = self.running, self.blocks, self.waiting, self.blocks.block_size
+        num_free, num_wanted, now_running = blocks.num_free, 0, len(running.order)
         while waiting and budget > 0 and running.free_slots:
             seq = waiting[0]
             if seq.num_in_flight:
                 break
             num_tokens = len(seq.token_ids)
             # At least the last token is always computed.
-            hits = self.blocks.find_prefix(seq.token_ids, seq.prefix_hashes, (num_tokens - 1) // block_size)
-            num_new = -(-num_tokens // block_size) - len(hits)
-            if num_new + num_wanted + self._reserve() + self.blocks.num_unused(hits) > self.blocks.num_free:
+            hits = blocks.find_prefix(seq.token_ids, seq.prefix_hashes, (num_tokens - 1) // block_size)
+            num_cached = len(hits) * block_size
+            num_wanted += -(-num_tokens // block_size) - len(hits) + blocks.num_unused(hits)
+            reserve = -(-now_running * GROWTH_STEPS // block_size)
+            if num_wanted + reserve > num_free:
                 break
             waiting.popleft()
-            self._displaced.pop(seq.seq_id, None)
-            running.place(seq, hits, now_ns)
-            num_wanted += num_new
-            num_cached = len(hits) * block_size
+            if seq.num_preemptions:
+                self._displaced.pop(seq.seq_id, None)
+            slot = running.place(seq, hits, now_ns)
+            now_running += 1
             count = min(num_tokens - num_cached, budget)
             budget -= count
-            prefills.append((seq.slot, count))
-            admissions.append(
-                Admission(slot=seq.slot, seq_id=seq.seq_id, row=seq.row, sample=seq.sample, sampling=seq.sampling)
-            )
+            prefills.append((slot, count))
+            admissions.append(Admission(slot, seq.seq_id, seq.row, seq.sample, seq.sampling))
             if num_cached:
-                cached[seq.slot] = num_cached
+                cached[slot] = num_cached
         running.settle()
-
-    def _reserve(self) -> int:
-        """Blocks that stay free for those that run to grow."""
-        num_running = self.max_num_seqs - len(self.running.free_slots)
-        return -(-num_running * GROWTH_STEPS // self.blocks.block_size)
 
     def _build_plan(
         self, step: int, decodes: np.ndarray, prefills: list[tuple[int, int]], admissions: list[Admission]
@@ -272,9 +270,9 @@ class Scheduler:
         if prefills:
             slots = np.concatenate([decodes, [slot for slot, _ in prefills]])
             num_tokens = np.concatenate([num_tokens, np.array([count for _, count in prefills], np.int32)])
-            tokens, computed = running.tokens, running.computed
+            tokens, first = running.tokens, running.computed[slots[len(decodes) :]].tolist()
             prefill_ids = np.concatenate(
-                [tokens[slot, computed[slot] : computed[slot] + count] for slot, count in prefills]
+                [tokens[slot, at : at + count] for at, (slot, count) in zip(first, prefills, strict=True)]
             )
         starts, samples = running.advance(slots, num_tokens, len(decodes))
         entries = running.drain_table_entries()

@@ -21,7 +21,6 @@ class Sequence:
 
     __slots__ = (
         "arrived_ns",
-        "end_reason",
         "first_scheduled_ns",
         "first_token_ns",
         "limit",
@@ -35,7 +34,6 @@ class Sequence:
         "sample",
         "sampling",
         "seq_id",
-        "slot",
         "stop_check",
         "stop_token_ids",
         "token_ids",
@@ -69,14 +67,10 @@ class Sequence:
         """Tokens, prompt included, at which it ends at the latest; the scheduler sets it."""
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.slot = -1
-        """Place in the running batch; -1 while waiting."""
         self.prefix_hashes: list[int] = []
         """Chained hashes of the leading full blocks, as far as they have been needed."""
         self.num_in_flight = 0
         """Of a preempted sequence: submitted steps whose result has not arrived."""
-        self.end_reason: str | None = None
-        """Why it ended (eos, stop, max_tokens, abort, error); None while it lives."""
 
     def stops_with(self, token_id: int) -> bool:
         """Whether the newest output token ends the sequence by its own stop tokens or strings; ask once per token."""
@@ -85,7 +79,6 @@ class Sequence:
         return self.stop_check is not None and self.stop_check(token_id)
 
     def end(self, reason: str, output_ids: np.ndarray) -> "Ended":
-        self.end_reason = reason
         return Ended(sequence=self, token_ids=output_ids, reason=reason)
 
 

@@ -116,7 +116,7 @@ MUTANTS = (
     mutant(
         "a prompt can be hit in the step that computes it",
         ("_admit", "budget -= count", "budget -= count; running.settle(); "
-         "running._publish(np.array([seq.slot]), np.array([(num_cached + count) // block_size]))"),
+         "running._publish(np.array([slot]), np.array([(num_cached + count) // block_size]))"),
     ),
     mutant(
         "a block is published before its last token is known",
@@ -142,11 +142,11 @@ MUTANTS = (
     ),
     mutant(
         "blocks that a hit takes out of the free ones are not counted at admission",
-        ("_admit", " + self.blocks.num_unused(hits)", ""),
+        ("_admit", " + blocks.num_unused(hits)", ""),
     ),
     mutant(
         "blocks that earlier admissions of the step are to get are not counted at admission",
-        ("_admit", " + num_wanted", ""),
+        ("_admit", "num_wanted += -(-num_tokens", "num_wanted = -(-num_tokens"),
     ),
     mutant(
         "a hit may be evicted for an earlier admission of the step",
@@ -168,7 +168,8 @@ MUTANTS = (
     ),
     mutant(
         "blocks are freed from the first to the last",
-        ("free", "[table[::-1] for table in tables]", "tables"),
+        ("_free_tables", "columns = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(owners))",
+         "columns = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)"),
     ),
     mutant(
         "the blocks of a hit are missing in the runner's table",
@@ -227,7 +228,7 @@ MUTANTS = (
     ),
     mutant(
         "a re-admitted sequence forgets when its first token came",
-        ("place", "has_first_token=seq.first_token_ns is not None", "has_first_token=False"),
+        ("place", ", seq.first_token_ns is not None", ", False"),
     ),
     mutant(
         "a preempted sequence waits for ever for its step under way",
@@ -249,7 +250,7 @@ MUTANTS = (
     ),
     mutant(
         "the blocks of an aborted sequence are said to be of a finished one",
-        ("_free_reason", "return ABORTED", "return FINISHED"),
+        ("end", 'reason == "abort"', "False"),
     ),
     mutant(
         "a token that was never sampled is said to be dropped",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nanovllm.engine.block_manager import CUT, ROOT, BlockManager, PublishRuns
+from nanovllm.engine.event_log import REASON_CODES
 from nanovllm.events import ALLOCATE, COMMIT, EVICT, FINISHED, FREE, HIT, PREEMPTED, RELEASE, BlockEvent
 from tests.engine.ledger_check import chained_hash
 
@@ -28,7 +29,8 @@ def hit(blocks: BlockManager, seq_id: int, table: list[int]) -> None:
 
 
 def give_back(blocks: BlockManager, seq_id: int, table: list[int], reason: str = FINISHED) -> int:
-    return blocks.free([seq_id], [np.array(table, np.int32)], [reason])
+    owners, reasons = np.full(len(table), seq_id), np.full(len(table), REASON_CODES[reason])
+    return blocks.free(owners, np.array(table[::-1], np.intp), reasons)
 
 
 def num_unused(blocks: BlockManager, table: list[int]) -> int:
