@@ -304,8 +304,8 @@ class BlockManager:
     def free(self, owners: np.ndarray, blocks: np.ndarray, reasons: np.ndarray) -> int:
         """Take each owner, a sequence, off the users of its block; returns how many blocks have no user left.
 
-        All [blocks], reasons as REASON_CODES. The caller goes from a sequence's last block to its first, so that a prefix
-        is evicted from its end and never loses its beginning first.
+        All [blocks], reasons as REASON_CODES. The caller goes from a sequence's last block to its first, so that a
+        prefix is evicted from its end and never loses its beginning first.
         """
         counts = self._ref_counts[blocks] - 1 - self._times_before(blocks, owners)
         if np.count_nonzero(counts < 0):

@@ -89,9 +89,8 @@ class Committer:
         if len(first):
             self._note_first_tokens(slots[first], now_ns)
         if len(done):
-            reasons = np.where(
-                good[done], np.where(eos[done], _EOS, np.where(stopped[done], _STOP, _MAX_TOKENS)), _ERROR
-            )
+            reasons = np.where(eos[done], _EOS, np.where(stopped[done], _STOP, _MAX_TOKENS))
+            reasons = np.where(good[done], reasons, _ERROR)
             ended += running.end(slots[done], [_REASONS[reason] for reason in reasons.tolist()])
             running.release_ended(slots[done])
 
