@@ -9,6 +9,7 @@ from jobs.simulation import report
 from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.grid import Choice, search_words, span
 from jobs.simulation.predictor import Prediction, Predictor, compare_events
+from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import KEYS
 from jobs.summary import show
@@ -106,9 +107,9 @@ def _against(predictor: Predictor, patterns: Sequence[str]) -> None:
     show("\n".join([*report.fit_lines(predictor), ""]))
     predictions, events, seconds = [], [], 0.0
     for other in runs:
-        ledger = BlockLedger()
+        rows, ledger = RecordedRows(other), BlockLedger()
         began = time.perf_counter()
-        predictions.append(predictor.predict_run(other, ledger))
+        predictions.append(predictor.predict_run(other, rows, ledger))
         seconds += time.perf_counter() - began
         events.append(_compared(other, ledger))
     lines = report.against_table(runs, predictions, events)

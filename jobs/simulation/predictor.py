@@ -53,9 +53,9 @@ class Predictor:
         """This run's rows with other settings."""
         return self._prediction(self.run, simulate(self.run, self.rows, self.costs.model, settings))
 
-    def predict_run(self, other: RecordedRun, ledger: BlockLedger) -> Prediction:
+    def predict_run(self, other: RecordedRun, rows: RecordedRows, ledger: BlockLedger) -> Prediction:
         """Another run's rows with its settings; `ledger` takes its block events."""
-        outcome = simulate(other, RecordedRows(other), self.costs.model, other.settings, ledger=ledger)
+        outcome = simulate(other, rows, self.costs.model, other.settings, ledger=ledger)
         return self._prediction(other, outcome)
 
     @cached_property

@@ -12,6 +12,7 @@ from jobs.simulation.cost_model import SETTLING_MS, CostModel
 from jobs.simulation.fitting import fit, held_out_error
 from jobs.simulation.forward_cost import FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.predictor import Predictor
+from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import simulate
@@ -92,7 +93,7 @@ def test_another_run_under_the_same_law_is_predicted(recorded: Predictor, name: 
         assert measured.hit_rate > 0.3
         assert max(shared.saved for shared in measured.shared) > 4096
     other = RecordedRun("against", tmp_path / "other")
-    prediction = recorded.predict_run(other, BlockLedger())
+    prediction = recorded.predict_run(other, RecordedRows(other), BlockLedger())
     assert prediction.steps_s == pytest.approx(other.steps_seconds, rel=0.003)
     assert prediction.steps_s == pytest.approx(measured.seconds, rel=0.003)
     assert prediction.outcome.num_preemptions == measured.num_preemptions
@@ -106,7 +107,7 @@ def test_a_law_without_a_term_predicts_otherwise(recorded: Predictor, tmp_path: 
     slow = law(forward={**FORWARD, "decode context": 4e-4}, capture_ms=30.0)
     write_run(tmp_path / "slow", rows(200, 2), slow, SMALL)
     other = RecordedRun("against", tmp_path / "slow")
-    assert recorded.predict_run(other, BlockLedger()).steps_s < 0.8 * other.steps_seconds
+    assert recorded.predict_run(other, RecordedRows(other), BlockLedger()).steps_s < 0.8 * other.steps_seconds
 
 
 def clock_of(tmp_path: Path, costs: CostModel, *, on_gpu: bool, row: Row) -> float:
@@ -236,7 +237,7 @@ def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tm
     assert model.whole_ms == pytest.approx(0.7 if with_halves else 0.0, rel=0.02)
     write_run(tmp_path / "other", long_rows[40:120] + rows(100, 2), costs, much, with_halves=with_halves)
     other = RecordedRun("against", tmp_path / "other")
-    assert predictor.predict_run(other, BlockLedger()).steps_s == pytest.approx(other.steps_seconds, rel=0.003)
+    assert predictor.predict_run(other, RecordedRows(other), BlockLedger()).steps_s == pytest.approx(other.steps_seconds, rel=0.003)
 
 
 def test_what_the_record_says_of_halves_counts_and_the_rule_where_it_says_nothing(

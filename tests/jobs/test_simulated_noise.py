@@ -76,7 +76,8 @@ def test_five_other_configurations_and_workloads_are_predicted_within_five_perce
     assert predictor.costs.model.warm_up_ms == pytest.approx(SLOW_STEPS * SLOW_MS, rel=0.1)
     errors, naive = {}, {}
     for name, outcome in measured.items():
-        prediction = predictor.predict_run(RecordedRun("against", tmp_path / name), BlockLedger())
+        other = RecordedRun("against", tmp_path / name)
+        prediction = predictor.predict_run(other, RecordedRows(other), BlockLedger())
         assert prediction.outcome.num_preemptions == outcome.num_preemptions
         errors[name] = prediction.steps_s / outcome.seconds - 1
         naive[name] = outcome.num_output_tokens / predictor.recorded.output_tokens_per_s / outcome.seconds - 1
