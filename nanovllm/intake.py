@@ -111,12 +111,14 @@ class Intake:
 
     def _checked_ids(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """As int32, every one a token of the model."""
-        if len(token_ids):
-            is_array = isinstance(token_ids, np.ndarray)
-            lowest = token_ids.min() if is_array else min(token_ids)
-            highest = token_ids.max() if is_array else max(token_ids)
-            self._check_range("prompt_token_ids", int(lowest), int(highest))
-        return np.asarray(token_ids, np.int32)
+        try:  # an array takes its minimum in a thirtieth of the time that a list does
+            ids = token_ids if isinstance(token_ids, np.ndarray) else np.array(token_ids, np.int32)
+        except OverflowError:
+            self._check_range("prompt_token_ids", min(token_ids), max(token_ids))
+            raise
+        if len(ids):
+            self._check_range("prompt_token_ids", int(ids.min()), int(ids.max()))
+        return ids.astype(np.int32, copy=False)
 
     def _check_range(self, name: str, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self._vocab_size:

@@ -329,3 +329,68 @@ def test_the_integrity_check_sees_a_wrong_table(tables: list[list[int]], complai
 
     with pytest.raises(AssertionError, match=complaint):
         blocks.check_integrity(tables)
+
+
+def test_many_hits_at_once_are_one_after_the_other() -> None:
+    one_by_one, at_once = BlockManager(6, SIZE), BlockManager(6, SIZE)
+    for blocks in (one_by_one, at_once):
+        give_back(blocks, 1, fill(blocks, 1, prompt(1, 2, 3, 4)))
+    found = at_once.find_prefix(prompt(1, 2, 3, 4), [], 2)
+
+    for seq_id in (5, 6, 7):
+        hit(one_by_one, seq_id, found.tolist())
+    at_once.hit(np.array([5, 6, 7]), found)
+
+    assert list(at_once.events) == list(one_by_one.events)
+    at_once.check_integrity([found.tolist()] * 3)
+
+
+def test_shared_blocks_that_are_given_back_at_once_are_given_back_one_after_the_other() -> None:
+    one_by_one, at_once = BlockManager(8, SIZE), BlockManager(8, SIZE)
+    for blocks in (one_by_one, at_once):
+        shared = fill(blocks, 1, prompt(1, 2, 3, 4))
+        hit(blocks, 2, shared)
+        hit(blocks, 3, shared[:1])
+        tables = {1: shared, 2: [*shared, *take(blocks, 2, 2)], 3: [shared[0], *take(blocks, 3, 1)]}
+        if blocks is one_by_one:
+            freed = [give_back(blocks, seq_id, table) for seq_id, table in tables.items()]
+            assert freed == [0, 3, 2]
+        else:
+            owners = np.repeat(list(tables), [len(table) for table in tables.values()])
+            together = np.concatenate([table[::-1] for table in tables.values()])
+            assert blocks.free(owners, together, np.full(len(owners), REASON_CODES[FINISHED])) == 5
+        blocks.check_integrity([])
+
+    assert list(at_once.events) == list(one_by_one.events)
+    assert at_once.allocate(9, 8).tolist() == one_by_one.allocate(9, 8).tolist(), "they are evicted in another order"
+
+
+@pytest.mark.parametrize("owners", [[1, 1], [1, 2]], ids=["of one sequence", "of two"])
+def test_a_block_that_is_given_back_more_often_than_it_was_taken_is_our_own_bug(owners: list[int]) -> None:
+    blocks = BlockManager(4, SIZE)
+    (block,) = take(blocks, 1, 1)
+
+    with pytest.raises(AssertionError, match=f"block {block} freed more often"):
+        blocks.free(np.array(owners), np.array([block, block]), np.full(2, REASON_CODES[FINISHED]))
+
+
+def test_a_block_stands_at_most_once_among_what_a_sequence_gives_back() -> None:
+    blocks = BlockManager(4, SIZE)
+    table = fill(blocks, 1, prompt(1, 2))
+    hit(blocks, 2, table)
+
+    with pytest.raises(AssertionError, match=f"block {table[0]} freed more often"):
+        blocks.free(np.array([1, 1]), np.array(table * 2), np.full(2, REASON_CODES[FINISHED]))
+
+
+def test_who_finds_the_same_blocks_as_the_one_before_gets_the_same_array() -> None:
+    """So that they can be hit together."""
+    blocks = BlockManager(6, SIZE)
+    fill(blocks, 1, prompt(1, 2, 3, 4))
+
+    first = blocks.find_prefix(prompt(1, 2, 3, 4, 5), [], 2)
+    assert blocks.find_prefix(prompt(1, 2, 3, 4, 6), [], 2) is first
+    shorter = blocks.find_prefix(prompt(1, 2, 7, 8, 9), [], 2)
+
+    assert (first.tolist(), shorter.tolist()) == ([0, 1], [0])
+    assert blocks.find_prefix(prompt(1, 2, 3, 4, 5), [], 2).tolist() == [0, 1]
