@@ -74,7 +74,7 @@ def hopper_lm_head(
         HAS_SLOTS=draws.slot is not None,
         GROUPS=tuning.groups,
         STAGES=tuning.stages,
-        LEAD=tuning.lead,
+        LEAD=min(tuning.lead, depth // PANEL - 1),
         REGISTERS=tuning.registers,
         LOADER_REGISTERS=tuning.loader_registers,
         num_warps=4,
@@ -167,15 +167,12 @@ def _load(xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS: gl.constexpr, 
 
 @gluon.jit
 def _multiply(tiles, barriers, settings, into, shape, sizes: gl.constexpr, GROUP: gl.constexpr):
-    HAS_SLOTS: gl.constexpr = sizes[0]
+    """One group's work: of each tile its 64 tokens."""
     GROUPS: gl.constexpr = sizes[1]
     STAGES: gl.constexpr = sizes[2]
     LEAD: gl.constexpr = sizes[3]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK, 16])
-    x_tiles, w_tiles, logits, out_tiles = tiles
     filled, free, turn = barriers
     num_tokens, vocab_size, depth = shape
-    temperature_ptr, slots_ptr, temperature_stride = settings
     num_rows = gl.cdiv(num_tokens, GROUPS * _ROWS)
     num_blocks = gl.cdiv(vocab_size, _BLOCK)
     if GROUP == 1 and LEAD > 0:
@@ -183,54 +180,90 @@ def _multiply(tiles, barriers, settings, into, shape, sizes: gl.constexpr, GROUP
     count = 0
     for tile in range(gl.program_id(0), num_rows * num_blocks, gl.num_programs(0)):
         first_token = tile % num_rows * (GROUPS * _ROWS) + GROUP * _ROWS
-        block = tile // num_rows
-        token = first_token + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
-        is_token = token < num_tokens
-        slot = token.to(gl.int64)
-        if HAS_SLOTS:
-            slot = gl.load(slots_ptr + token, mask=is_token, other=0)
-        temperature = gl.load(temperature_ptr + slot * temperature_stride, mask=is_token, other=1.0)
-
-        product = gl.zeros([_ROWS, _BLOCK], gl.float32, layout)
-        for k in range(0, depth, _PANEL):
-            stage = count % STAGES
-            mbarrier.wait(filled.index(stage), count // STAGES & 1)
-            x = x_tiles.index(GROUPS * stage + GROUP)
-            sum_ = hopper.warpgroup_mma(x, w_tiles.index(stage).permute([1, 0]), product, is_async=True)
-            product = hopper.warpgroup_mma_wait(1, [sum_])
-            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=k > 0)
-            if GROUP == 0 and LEAD > 0:
-                if count == LEAD:
-                    mbarrier.arrive(turn)
-            count += 1
-        product = hopper.warpgroup_mma_wait(0, [product])
-        mbarrier.arrive(free.index((count + STAGES - 1) % STAGES))
-
-        rounded = round_to(product, logits.dtype)
-        halves = rounded.reshape([_ROWS, 2, _BLOCK // 2]).permute([0, 2, 1])
-        left, right = halves.split()
-        out = out_tiles.index(GROUP)
-        tma.store_wait(0)
-        out.store(left)
-        hopper.fence_async_shared()
-        copy_out(logits, [first_token, block * _BLOCK], out)
-
-        x = rounded.to(gl.float32)
-        if block == num_blocks - 1:
-            ids = block * _BLOCK + gl.arange(0, _BLOCK, gl.SliceLayout(0, layout))
-            x = gl.where((ids < vocab_size)[None, :], x, -float("inf"))
-        largest = gl.max(x, 1)
-        scale = 1.4426950408889634 / gl.where(temperature == 0, 1.0, gl.maximum(temperature, 1e-30))
-        base = gl.where(gl.abs(largest) < float("inf"), largest, 0.0)
-        total = gl.sum(gl.exp2((x - base[:, None]) * scale[:, None]), 1)
-        at = token.to(gl.int64) * num_blocks + block
-        gl.store(into[0] + at, largest.to(logits.dtype), mask=is_token)
-        gl.store(into[1] + at, total, mask=is_token)
-
-        tma.store_wait(0)
-        out.store(right)
-        hopper.fence_async_shared()
-        copy_out(logits, [first_token, block * _BLOCK + _BLOCK // 2], out)
-    if GROUP == 0 and LEAD > 0:
-        mbarrier.arrive(turn, pred=count <= LEAD)
+        if first_token < num_tokens:
+            _finish_block(first_token, tile // num_rows, count, tiles, barriers, settings, into, shape, sizes, GROUP)
+        else:
+            for k in range(0, depth, _PANEL):
+                stage = (count + k // _PANEL) % STAGES
+                mbarrier.wait(filled.index(stage), (count + k // _PANEL) // STAGES & 1)
+                mbarrier.arrive(free.index(stage))
+        count += gl.cdiv(depth, _PANEL)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _finish_block(
+    first_token,
+    block,
+    count,
+    tiles,
+    barriers,
+    settings,
+    into,
+    shape,
+    sizes: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Logits, maxima and sums of 64 tokens and a block of ids; sample.py's _reduce_blocks has the definition."""
+    HAS_SLOTS: gl.constexpr = sizes[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK, 16])
+    x_tiles, w_tiles, logits, out_tiles = tiles
+    temperature_ptr, slots_ptr, temperature_stride = settings
+    maxima_ptr, sums_ptr = into
+    num_tokens, vocab_size, depth = shape
+    num_blocks = gl.cdiv(vocab_size, _BLOCK)
+    token = first_token + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
+    is_token = token < num_tokens
+    slot = token.to(gl.int64)
+    if HAS_SLOTS:
+        slot = gl.load(slots_ptr + token, mask=is_token, other=0)
+    temperature = gl.load(temperature_ptr + slot * temperature_stride, mask=is_token, other=1.0)
+    product = _product(x_tiles, w_tiles, barriers, count, depth, layout, sizes, GROUP)
+    rounded = round_to(product, logits.dtype)
+    left, right = rounded.reshape([_ROWS, 2, _BLOCK // 2]).permute([0, 2, 1]).split()
+    out = out_tiles.index(GROUP)
+    tma.store_wait(0)
+    out.store(left)
+    hopper.fence_async_shared()
+    copy_out(logits, [first_token, block * _BLOCK], out)
+
+    x = rounded.to(gl.float32)
+    if block == num_blocks - 1:
+        ids = block * _BLOCK + gl.arange(0, _BLOCK, gl.SliceLayout(0, layout))
+        x = gl.where((ids < vocab_size)[None, :], x, -float("inf"))
+    largest = gl.max(x, 1)
+    scale = 1.4426950408889634 / gl.where(temperature == 0, 1.0, gl.maximum(temperature, 1e-30))
+    base = gl.where(gl.abs(largest) < float("inf"), largest, 0.0)
+    total = gl.sum(gl.exp2((x - base[:, None]) * scale[:, None]), 1)
+    at = token.to(gl.int64) * num_blocks + block
+    gl.store(maxima_ptr + at, largest.to(logits.dtype), mask=is_token)
+    gl.store(sums_ptr + at, total, mask=is_token)
+
+    tma.store_wait(0)
+    out.store(right)
+    hopper.fence_async_shared()
+    copy_out(logits, [first_token, block * _BLOCK + _BLOCK // 2], out)
+
+
+@gluon.jit
+def _product(x_tiles, w_tiles, barriers, count, depth, layout: gl.constexpr, sizes: gl.constexpr, GROUP: gl.constexpr):
+    """float32 [64, BLOCK]; the tile's first stage is the `count`-th."""
+    GROUPS: gl.constexpr = sizes[1]
+    STAGES: gl.constexpr = sizes[2]
+    LEAD: gl.constexpr = sizes[3]
+    filled, free, turn = barriers
+    product = gl.zeros([_ROWS, _BLOCK], gl.float32, layout)
+    for k in range(0, depth, _PANEL):
+        stage = count % STAGES
+        mbarrier.wait(filled.index(stage), count // STAGES & 1)
+        x = x_tiles.index(GROUPS * stage + GROUP)
+        product = hopper.warpgroup_mma(x, w_tiles.index(stage).permute([1, 0]), product, is_async=True)
+        product = hopper.warpgroup_mma_wait(1, [product])
+        mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=k > 0)
+        if GROUP == 0 and LEAD > 0:  # noqa: SIM102  it is the compiler's to decide
+            if count == LEAD:
+                mbarrier.arrive(turn)
+        count += 1
+    product = hopper.warpgroup_mma_wait(0, [product])
+    mbarrier.arrive(free.index((count + STAGES - 1) % STAGES))
+    return product
