@@ -19,11 +19,8 @@ from kernels.hopper import PANEL, ROWS
 from kernels.launch import num_programs
 from kernels.sample import Blocks
 
-BLOCK = 256
-"""Ids of a tile, which share a maximum and a sum."""
 _PANEL = gl.constexpr(PANEL)
 _ROWS = gl.constexpr(ROWS)
-_BLOCK = gl.constexpr(BLOCK)
 mbarrier = hopper.mbarrier
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -32,6 +29,8 @@ _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 class LmHeadTuning:
     groups: int
     """Of warps that multiply, each 64 tokens of its own."""
+    block: int
+    """Ids of a tile, which share a maximum and a sum."""
     stages: int
     lead: int
     """Stages that the first group is ahead of the second, so that the one's products hide the other's sums."""
@@ -40,20 +39,20 @@ class LmHeadTuning:
     loader_registers: int = 24
 
 
-FEW = LmHeadTuning(groups=1, stages=5, lead=0, mean_registers=168)
-MANY = LmHeadTuning(groups=2, stages=4, lead=3, mean_registers=168)
+FEW = LmHeadTuning(groups=1, block=256, stages=5, lead=0, mean_registers=168)
+MANY = LmHeadTuning(groups=2, block=256, stages=4, lead=3, mean_registers=168)
 
 
 def hopper_lm_head(
     x: Tensor, weight: Tensor, draws: Draws, tuning: LmHeadTuning | None = None
 ) -> tuple[Tensor, Blocks]:
-    """Logits [N, V] of x [N, in] and weight [V, in], both contiguous, and their blocks of BLOCK ids.
+    """Logits [N, V] of x [N, in] and weight [V, in], both contiguous, and their blocks.
 
     Rows of the logits begin at multiples of 16 bytes.
     """
     (num_tokens, depth), vocab_size = x.shape, len(weight)
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
     tuning = tuning or (FEW if num_tokens <= ROWS else MANY)
+    num_blocks = triton.cdiv(vocab_size, tuning.block)
     stride = triton.cdiv(vocab_size, 8) * 8
     logits = torch.empty((num_tokens, stride), dtype=x.dtype, device=x.device)[:, :vocab_size]
     maxima = torch.empty((num_tokens, num_blocks), dtype=x.dtype, device=x.device)
@@ -61,8 +60,8 @@ def hopper_lm_head(
     num_rows = triton.cdiv(num_tokens, tuning.groups * ROWS)
     _lm_head[(min(num_programs(x.device), num_rows * num_blocks),)](
         _tiles(x, tuning.groups * ROWS, PANEL),
-        _tiles(weight, BLOCK, PANEL),
-        _tiles(logits, ROWS, BLOCK // 2),
+        _tiles(weight, tuning.block, PANEL),
+        _tiles(logits, ROWS, tuning.block // 2),
         draws.temperature,
         draws.slot,
         maxima,
@@ -73,6 +72,7 @@ def hopper_lm_head(
         depth,
         HAS_SLOTS=draws.slot is not None,
         GROUPS=tuning.groups,
+        BLOCK=tuning.block,
         STAGES=tuning.stages,
         LEAD=min(tuning.lead, depth // PANEL - 1),
         REGISTERS=tuning.registers,
@@ -80,7 +80,7 @@ def hopper_lm_head(
         num_warps=4,
         maxnreg=tuning.mean_registers,
     )
-    return logits, Blocks(BLOCK, maxima, sums)
+    return logits, Blocks(tuning.block, maxima, sums)
 
 
 def _tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -102,6 +102,7 @@ def _lm_head(
     depth,
     HAS_SLOTS: gl.constexpr,
     GROUPS: gl.constexpr,
+    BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
     LEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -109,8 +110,8 @@ def _lm_head(
 ):
     layout: gl.constexpr = xs.layout
     x_tiles = gl.allocate_shared_memory(xs.dtype, [STAGES, GROUPS * _ROWS, _PANEL], layout)
-    w_tiles = gl.allocate_shared_memory(xs.dtype, [STAGES, _BLOCK, _PANEL], layout)
-    out_tiles = gl.allocate_shared_memory(xs.dtype, [GROUPS, _ROWS, _BLOCK // 2], layout)
+    w_tiles = gl.allocate_shared_memory(xs.dtype, [STAGES, BLOCK, _PANEL], layout)
+    out_tiles = gl.allocate_shared_memory(xs.dtype, [GROUPS, _ROWS, BLOCK // 2], layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -125,13 +126,13 @@ def _lm_head(
     tiles = (rows, w_tiles, logits, out_tiles)
     settings = (temperature_ptr, slots_ptr, temperature_stride)
     into = (maxima_ptr, sums_ptr)
-    sizes: gl.constexpr = (HAS_SLOTS, GROUPS, STAGES, LEAD)
+    sizes: gl.constexpr = (HAS_SLOTS, GROUPS, BLOCK, STAGES, LEAD)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiply, (tiles, barriers, settings, into, shape, sizes, 0)),
                 (_multiply, (tiles, barriers, settings, into, shape, sizes, 1)),
-                (_load, (xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS, STAGES)),
+                (_load, (xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS, BLOCK, STAGES)),
             ],
             [4, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -140,7 +141,7 @@ def _lm_head(
         gl.warp_specialize(
             [
                 (_multiply, (tiles, barriers, settings, into, shape, sizes, 0)),
-                (_load, (xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS, STAGES)),
+                (_load, (xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS, BLOCK, STAGES)),
             ],
             [1],
             [LOADER_REGISTERS],
@@ -148,18 +149,20 @@ def _lm_head(
 
 
 @gluon.jit
-def _load(xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+def _load(
+    xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
+):
     filled, free, _ = barriers
     num_tokens, vocab_size, depth = shape
     num_rows = gl.cdiv(num_tokens, GROUPS * _ROWS)
     count = 0
-    for tile in range(gl.program_id(0), num_rows * gl.cdiv(vocab_size, _BLOCK), gl.num_programs(0)):
+    for tile in range(gl.program_id(0), num_rows * gl.cdiv(vocab_size, BLOCK), gl.num_programs(0)):
         token = tile % num_rows * (GROUPS * _ROWS)
-        first = tile // num_rows * _BLOCK
+        first = tile // num_rows * BLOCK
         for k in range(0, depth, _PANEL):
             stage = count % STAGES
             mbarrier.wait(free.index(stage), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(filled.index(stage), (GROUPS * _ROWS + _BLOCK) * _PANEL * 2)
+            mbarrier.expect(filled.index(stage), (GROUPS * _ROWS + BLOCK) * _PANEL * 2)
             copy_in(weights, [first, k], filled.index(stage), w_tiles.index(stage))
             copy_in(xs, [token, k], filled.index(stage), x_tiles.index(stage))
             count += 1
@@ -169,12 +172,13 @@ def _load(xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS: gl.constexpr, 
 def _multiply(tiles, barriers, settings, into, shape, sizes: gl.constexpr, GROUP: gl.constexpr):
     """One group's work: of each tile its 64 tokens."""
     GROUPS: gl.constexpr = sizes[1]
-    STAGES: gl.constexpr = sizes[2]
-    LEAD: gl.constexpr = sizes[3]
+    BLOCK: gl.constexpr = sizes[2]
+    STAGES: gl.constexpr = sizes[3]
+    LEAD: gl.constexpr = sizes[4]
     filled, free, turn = barriers
     num_tokens, vocab_size, depth = shape
     num_rows = gl.cdiv(num_tokens, GROUPS * _ROWS)
-    num_blocks = gl.cdiv(vocab_size, _BLOCK)
+    num_blocks = gl.cdiv(vocab_size, BLOCK)
     if GROUP == 1 and LEAD > 0:
         mbarrier.wait(turn, 0)
     count = 0
@@ -206,12 +210,13 @@ def _finish_block(
 ):
     """Logits, maxima and sums of 64 tokens and a block of ids; sample.py's _reduce_blocks has the definition."""
     HAS_SLOTS: gl.constexpr = sizes[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK, 16])
+    BLOCK: gl.constexpr = sizes[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     x_tiles, w_tiles, logits, out_tiles = tiles
     temperature_ptr, slots_ptr, temperature_stride = settings
     maxima_ptr, sums_ptr = into
     num_tokens, vocab_size, depth = shape
-    num_blocks = gl.cdiv(vocab_size, _BLOCK)
+    num_blocks = gl.cdiv(vocab_size, BLOCK)
     token = first_token + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
     is_token = token < num_tokens
     slot = token.to(gl.int64)
@@ -220,16 +225,16 @@ def _finish_block(
     temperature = gl.load(temperature_ptr + slot * temperature_stride, mask=is_token, other=1.0)
     product = _product(x_tiles, w_tiles, barriers, count, depth, layout, sizes, GROUP)
     rounded = round_to(product, logits.dtype)
-    left, right = rounded.reshape([_ROWS, 2, _BLOCK // 2]).permute([0, 2, 1]).split()
+    left, right = rounded.reshape([_ROWS, 2, BLOCK // 2]).permute([0, 2, 1]).split()
     out = out_tiles.index(GROUP)
     tma.store_wait(0)
     out.store(left)
     hopper.fence_async_shared()
-    copy_out(logits, [first_token, block * _BLOCK], out)
+    copy_out(logits, [first_token, block * BLOCK], out)
 
     x = rounded.to(gl.float32)
     if block == num_blocks - 1:
-        ids = block * _BLOCK + gl.arange(0, _BLOCK, gl.SliceLayout(0, layout))
+        ids = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
         x = gl.where((ids < vocab_size)[None, :], x, -float("inf"))
     largest = gl.max(x, 1)
     scale = 1.4426950408889634 / gl.where(temperature == 0, 1.0, gl.maximum(temperature, 1e-30))
@@ -242,17 +247,18 @@ def _finish_block(
     tma.store_wait(0)
     out.store(right)
     hopper.fence_async_shared()
-    copy_out(logits, [first_token, block * _BLOCK + _BLOCK // 2], out)
+    copy_out(logits, [first_token, block * BLOCK + BLOCK // 2], out)
 
 
 @gluon.jit
 def _product(x_tiles, w_tiles, barriers, count, depth, layout: gl.constexpr, sizes: gl.constexpr, GROUP: gl.constexpr):
-    """float32 [64, BLOCK]; the tile's first stage is the `count`-th."""
+    """float32 [64, ids of a block]; the tile's first stage is the `count`-th."""
     GROUPS: gl.constexpr = sizes[1]
-    STAGES: gl.constexpr = sizes[2]
-    LEAD: gl.constexpr = sizes[3]
+    BLOCK: gl.constexpr = sizes[2]
+    STAGES: gl.constexpr = sizes[3]
+    LEAD: gl.constexpr = sizes[4]
     filled, free, turn = barriers
-    product = gl.zeros([_ROWS, _BLOCK], gl.float32, layout)
+    product = gl.zeros([_ROWS, BLOCK], gl.float32, layout)
     for k in range(0, depth, _PANEL):
         stage = count % STAGES
         mbarrier.wait(filled.index(stage), count // STAGES & 1)

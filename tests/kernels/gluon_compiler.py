@@ -80,8 +80,8 @@ def product(kernel: Any, dtype: str, **constants: int) -> Any:
 def head(tuning: lm_head.LmHeadTuning, dtype: str) -> Any:
     signature = {
         "xs": descriptor(dtype, tuning.groups * ROWS, PANEL),
-        "weights": descriptor(dtype, lm_head.BLOCK, PANEL),
-        "logits": descriptor(dtype, ROWS, lm_head.BLOCK // 2),
+        "weights": descriptor(dtype, tuning.block, PANEL),
+        "logits": descriptor(dtype, ROWS, tuning.block // 2),
         "temperature_ptr": "*fp32",
         "slots_ptr": "*i64",
         "maxima_ptr": f"*{dtype}",
@@ -91,6 +91,7 @@ def head(tuning: lm_head.LmHeadTuning, dtype: str) -> Any:
     constants = {
         "HAS_SLOTS": True,
         "GROUPS": tuning.groups,
+        "BLOCK": tuning.block,
         "STAGES": tuning.stages,
         "LEAD": tuning.lead,
         "REGISTERS": tuning.registers,

@@ -20,7 +20,7 @@ from tests.kernels.test_sample_kernel import CASES, make_draws, mixed_draws
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no device of compute capability 9.0")]
 if IS_HOPPER:
-    from kernels.hopper_lm_head import BLOCK, hopper_lm_head
+    from kernels.hopper_lm_head import FEW, hopper_lm_head
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 QWEN3 = (151_936, 1024)
 SMALL = (9001, 192)
@@ -53,10 +53,10 @@ def settings(rows: int) -> Draws:
     return Draws(*by_slot, position=own.position, slot=slot)
 
 
-def expected_blocks(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+def expected_blocks(logits: Tensor, draws: Draws, size: int) -> tuple[Tensor, Tensor]:
     """float64 maxima and sums [N, blocks]."""
-    padded = F.pad(logits.double(), (0, -logits.shape[1] % BLOCK), value=-math.inf)
-    x = padded.unflatten(1, (-1, BLOCK))
+    padded = F.pad(logits.double(), (0, -logits.shape[1] % size), value=-math.inf)
+    x = padded.unflatten(1, (-1, size))
     maxima = x.amax(-1)
     temperature = draws.by_row().temperature.double()
     temperature = torch.where(temperature == 0, 1.0, temperature)
@@ -65,11 +65,12 @@ def expected_blocks(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 def assert_blocks(blocks: Blocks, logits: Tensor, draws: Draws) -> None:
-    assert blocks.size == BLOCK
     part = 128  # rows at once, for want of memory
     for first in range(0, len(logits), part):
         rows = slice(first, first + part)
-        maxima, sums = expected_blocks(logits[rows], Draws(*(setting[rows] for setting in draws.by_row()[:8])))
+        maxima, sums = expected_blocks(
+            logits[rows], Draws(*(setting[rows] for setting in draws.by_row()[:8])), blocks.size
+        )
         assert torch.equal(blocks.maxima[rows].double(), maxima)
         assert bool(((blocks.sums[rows].double() - sums).abs() <= 1e-4 * sums).all())
 
@@ -129,19 +130,19 @@ def test_infinite_logits_have_the_sums_that_sampling_expects(dtype: torch.dtype)
     """x is +1 or -1 and only one of the weights of an id is not 0, so that no infinity meets another."""
     x, weight = torch.ones(32, 64, dtype=dtype, device=DEVICE), torch.zeros(9001, 64, dtype=dtype, device=DEVICE)
     x[16:] = -1
-    big = torch.finfo(dtype).max
+    big, size = torch.finfo(dtype).max, FEW.block
     weight[0, :2] = big  # the sum rounds to infinity
-    weight[BLOCK : 2 * BLOCK, :2] = big
+    weight[size : 2 * size, :2] = big
     weight[9000, :2] = big
     logits, blocks = hopper_lm_head(x, weight, make_draws(32, temperature=1.0))
     assert logits[:16, 0].tolist() == [math.inf] * 16
     assert logits[16:, 9000].tolist() == [-math.inf] * 16
-    infinite = [0, 1, 9000 // BLOCK]
+    infinite = [0, 1, 9000 // size]
     assert blocks.maxima[0].isinf().nonzero().flatten().tolist() == infinite
     assert blocks.sums[0].isinf().nonzero().flatten().tolist() == infinite
     assert blocks.maxima[31, :2].tolist() == [0, -math.inf]
-    assert blocks.sums[31, :3].tolist() == [BLOCK - 1, 0, BLOCK]
-    assert blocks.sums[:, -1].tolist() == [math.inf] * 16 + [9000 % BLOCK] * 16
+    assert blocks.sums[31, :3].tolist() == [size - 1, 0, size]
+    assert blocks.sums[:, -1].tolist() == [math.inf] * 16 + [9000 % size] * 16
 
 
 @dtypes
