@@ -28,6 +28,7 @@ from kernels.draws import Draws
 from kernels.linear import linear
 from kernels.linear_add_norm import linear_add_norm
 from kernels.linear_norm_rotary_store import linear_norm_rotary_store
+from kernels.linear_sample import linear_sample
 from kernels.linear_silu_mul import linear_silu_mul
 from kernels.norm_rotary_store import norm_rotary_store
 from kernels.rms_norm import add_rms_norm
@@ -69,6 +70,8 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield _heads(rows)
         for rows, top_k in ((256, 0), (1024, 0), (256, 20)):
             yield _sampling(rows, top_k)
+        for rows in (16, 64, 128, 256, 1024):
+            yield _head(rows)
         yield from decode_cases()
         yield prefix_case(1024, 2048)
         for lengths in ([512] * 16, [128] * 64, [8192], [2048] * 4):
@@ -169,7 +172,34 @@ def _heads(tokens: int) -> Case:
 
 def _sampling(rows: int, top_k: int) -> Case:
     logits = [randn(rows, VOCAB) * 3 for _ in range(2)]
-    draws = Draws(
+    draws = _draws(rows, top_k)
+    noise = torch.empty(VOCAB).exponential_()
+    return Case(
+        name=f"sample {rows} x {VOCAB}" + (f", top_k={top_k}, top_p=0.95" if top_k else ""),
+        num_bytes=rows * VOCAB * DTYPE.itemsize,
+        ours=[lambda x=x: sample(x, draws) for x in logits],
+        others={"torch softmax": [lambda x=x: (x.float() / 0.6).softmax(-1).div_(noise).argmax(-1) for x in logits]},
+    )
+
+
+def _head(rows: int) -> Case:
+    """The LM head and the draw from it; beside cuBLAS's product alone, and with our kernels for the draw."""
+    x, draws = randn(rows, HIDDEN), _draws(rows, 0)
+    weights = [randn(VOCAB, HIDDEN) * 0.05]
+    return Case(
+        name=f"linear_sample {rows} x {HIDDEN} x {VOCAB}",
+        num_bytes=(VOCAB * HIDDEN + rows * (HIDDEN + VOCAB)) * DTYPE.itemsize,
+        flops=2.0 * rows * VOCAB * HIDDEN,
+        ours=[lambda w=w: linear_sample(x, w, draws) for w in weights],
+        others={
+            "torch's product": [lambda w=w: F.linear(x, w) for w in weights],
+            "that and our sample": [lambda w=w: sample(F.linear(x, w), draws) for w in weights],
+        },
+    )
+
+
+def _draws(rows: int, top_k: int) -> Draws:
+    return Draws(
         temperature=torch.full((rows,), 0.6),
         top_k=torch.full((rows,), top_k, dtype=torch.int32),
         top_p=torch.full((rows,), 0.95 if top_k else 1.0),
@@ -178,11 +208,4 @@ def _sampling(rows: int, top_k: int) -> Case:
         row=torch.arange(rows),
         sample=torch.zeros(rows, dtype=torch.int32),
         position=torch.zeros(rows, dtype=torch.int32),
-    )
-    noise = torch.empty(VOCAB).exponential_()
-    return Case(
-        name=f"sample {rows} x {VOCAB}" + (f", top_k={top_k}, top_p=0.95" if top_k else ""),
-        num_bytes=rows * VOCAB * DTYPE.itemsize,
-        ours=[lambda x=x: sample(x, draws) for x in logits],
-        others={"torch softmax": [lambda x=x: (x.float() / 0.6).softmax(-1).div_(noise).argmax(-1) for x in logits]},
     )

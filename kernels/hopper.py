@@ -23,6 +23,9 @@ COLUMNS = 128
 LEAST_FILL = 0.85
 """Share of the device that a product's tiles keep busy, on the average of their rounds: below, cuBLAS is faster."""
 
+LEAST_HEAD_ROWS, LEAST_VOCABULARY = 17, 8192
+"""Of the LM head's product: below, there is too little to save."""
+
 
 def is_product_of_many(x: Tensor, weight: Tensor) -> bool:
     """Whether hopper_products.py has the product of contiguous x [N, in] with a weight [out, in]."""
@@ -31,6 +34,13 @@ def is_product_of_many(x: Tensor, weight: Tensor) -> bool:
         return False
     num_tiles, programs = -(-len(x) // (CONSUMERS * ROWS)) * (columns // (2 * COLUMNS)), num_programs(x.device)
     return num_tiles > 0 and num_tiles >= LEAST_FILL * programs * -(-num_tiles // programs)
+
+
+def is_lm_head(x: Tensor, weight: Tensor) -> bool:
+    """Whether hopper_lm_head.py has the product of contiguous x [N, in] with a contiguous weight [V, in]."""
+    vocab_size, depth = weight.shape
+    is_large = len(x) >= LEAST_HEAD_ROWS and vocab_size >= LEAST_VOCABULARY
+    return is_large and depth % PANEL == 0 and weight.is_contiguous() and x.is_contiguous() and _runs(x)
 
 
 def takes_heads(head_size: int) -> bool:

@@ -211,6 +211,14 @@ def _attend(q: Tensor, limits: Tensor, k_cache: Tensor, v_cache: Tensor, tables:
     return (out / total).to(k_cache.dtype)
 
 
+def linear_sample(x: Tensor, weight: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> Tensor:
+    """`sample` of the product of [M, in] with the transpose of [V, in], cut to the N <= M rows that draws has.
+
+    The rows behind are padding, which the product sees as the rules above ask for.
+    """
+    return sample(linear(x, weight)[: len(draws.position)], draws, last_tokens)
+
+
 def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> Tensor:
     """One token of each row of [N, V] logits; int64 [N], -1 where a row is not finite.
 

@@ -1,5 +1,7 @@
 """Sampling by inverse CDF: one pass over the logits, then the one block of ids that holds the token."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,14 +9,35 @@ from torch import Tensor
 
 from kernels.draws import Draws
 from kernels.launch import dependent_launch, overlap_next, wait_for_previous
+from kernels.token_search import (
+    average,
+    count_from,
+    draw,
+    gather,
+    key_of,
+    kth_largest,
+    mass_from,
+    scale_of,
+    uniform_of,
+    value_of,
+    weight_of,
+)
 
 _BLOCK = 1024  # ids that share a maximum and a sum
-_BLOCKS = 4  # that one program reduces
+_REDUCED = 4096  # ids that one program reduces
 _TILE = 1024  # values that one step of a search reads
 _CAPACITY = 2048  # tokens a filtered row may keep in the running before its searches read all logits
 # The low bits of a float32 that tell nothing of a number of this type.
 _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 _ALL = tl.constexpr(2**31 - 1)
+
+
+class Blocks(NamedTuple):
+    """What is drawn from first: of every block of `size` ids, a power of two, of N rows of logits."""
+
+    size: int
+    maxima: Tensor  # [N, blocks], of the logits' type
+    sums: Tensor  # float32 [N, blocks], of exp((x - maximum) / temperature): NaN or +inf where an x is
 
 
 def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> Tensor:
@@ -25,12 +48,45 @@ def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> T
     Logits are bfloat16, float16 or float32, their rows contiguous. Weights are float32, the sums over blocks float64.
     Two launches whose shape depends on N and V alone: it can be captured in a CUDA graph.
     """
+    return pick_tokens(logits, reduce_blocks(logits, draws, _BLOCK), draws, last_tokens)
+
+
+def reduce_blocks(logits: Tensor, draws: Draws, size: int) -> Blocks:
+    """Blocks of [N, V] logits, whose rows are contiguous, under the draws' temperatures."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
+    num_blocks, per_program = triton.cdiv(vocab_size, size), max(_REDUCED // size, 1)
+    maxima = torch.empty((num_rows, num_blocks), dtype=logits.dtype, device=logits.device)
+    sums = torch.empty((num_rows, num_blocks), dtype=torch.float32, device=logits.device)
+    if num_rows:
+        _reduce_blocks[(num_rows * triton.cdiv(num_blocks, per_program),)](
+            logits,
+            draws.temperature,
+            draws.slot,
+            maxima,
+            sums,
+            vocab_size,
+            num_blocks,
+            logits.stride(0),
+            draws.temperature.stride(0),
+            HAS_SLOTS=draws.slot is not None,
+            BLOCK=size,
+            BLOCKS=per_program,
+            num_warps=4,
+            **dependent_launch(logits.device, num_rows),
+        )
+    return Blocks(size, maxima, sums)
+
+
+def pick_tokens(logits: Tensor, blocks: Blocks, draws: Draws, last_tokens: Tensor | None = None) -> Tensor:
+    """What `sample` returns, of logits whose blocks are known."""
+    num_rows, vocab_size = logits.shape
+    num_blocks = blocks.sums.shape[1]
+    assert logits.stride(1) == 1, logits.stride()
+    assert blocks.maxima.is_contiguous()
+    assert blocks.sums.is_contiguous()
     assert draws.position.is_contiguous()
     settings = draws[:7]
-    has_slots = draws.slot is not None
-    num_blocks = -(-vocab_size // _BLOCK)
 
     def empty(width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((num_rows, width), dtype=dtype, device=logits.device)
@@ -38,27 +94,10 @@ def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> T
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if not num_rows:
         return tokens
-    maxima, sums = empty(num_blocks, logits.dtype), empty(num_blocks, torch.float32)
-    _reduce_blocks[(num_rows * -(-num_blocks // _BLOCKS),)](
-        logits,
-        draws.temperature,
-        draws.slot,
-        maxima,
-        sums,
-        vocab_size,
-        num_blocks,
-        logits.stride(0),
-        draws.temperature.stride(0),
-        HAS_SLOTS=has_slots,
-        BLOCK=_BLOCK,
-        BLOCKS=_BLOCKS,
-        num_warps=4,
-        **dependent_launch(logits.device, num_rows),
-    )
     _pick_tokens[(num_rows,)](
         logits,
-        maxima,
-        sums,
+        blocks.maxima,
+        blocks.sums,
         *settings,
         draws.position,
         draws.slot,
@@ -71,9 +110,9 @@ def sample(logits: Tensor, draws: Draws, last_tokens: Tensor | None = None) -> T
         num_blocks,
         logits.stride(0),
         *(setting.stride(0) for setting in settings),
-        HAS_SLOTS=has_slots,
+        HAS_SLOTS=draws.slot is not None,
         KEEPS_TOKENS=last_tokens is not None,
-        BLOCK=_BLOCK,
+        BLOCK=blocks.size,
         NUM_BLOCKS=1 << (num_blocks - 1).bit_length(),
         TILE=_TILE,
         CAPACITY=_CAPACITY,
@@ -116,11 +155,11 @@ def _reduce_blocks(
     slot = row
     if HAS_SLOTS:
         slot = tl.load(slots_ptr + row)
-    scale = _scale(tl.load(temperature_ptr + slot * temperature_stride))
+    scale = scale_of(tl.load(temperature_ptr + slot * temperature_stride))
     x = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
     largest = tl.max(x, 1)
     base = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
-    total = tl.sum(_weight(x, base[:, None], scale), 1)
+    total = tl.sum(weight_of(x, base[:, None], scale), 1)
     at = row * num_blocks + block
     tl.store(maxima_ptr + at, largest.to(maxima_ptr.dtype.element_ty), mask=block < num_blocks)
     tl.store(sums_ptr + at, total, mask=block < num_blocks)
@@ -181,7 +220,7 @@ def _pick_tokens(
     top_k = tl.load(top_k_ptr + slot * top_k_stride)
     top_p = tl.load(top_p_ptr + slot * top_p_stride)
     min_p = tl.load(min_p_ptr + slot * min_p_stride)
-    scale = _scale(temperature)
+    scale = scale_of(temperature)
     block = tl.arange(0, NUM_BLOCKS)
     live = block < num_blocks
     maxima = tl.load(maxima_ptr + block, mask=live, other=-float("inf")).to(tl.float32)
@@ -192,7 +231,7 @@ def _pick_tokens(
     if finite:
         base = tl.where(maxima > -float("inf"), maxima, largest)
         weights = sums.to(tl.float64) * tl.exp2(((base - largest) * scale).to(tl.float64))
-        uniform = _uniform(
+        uniform = uniform_of(
             tl.load(seed_ptr + slot * seed_stride),
             tl.load(row_ptr + slot * row_stride),
             tl.load(sample_ptr + slot * sample_stride),
@@ -204,24 +243,24 @@ def _pick_tokens(
             candidate_ids_ptr += n * CAPACITY
             mass = tl.sum(weights, 0)
             least = tl.maximum(min_p, (1 - top_p) * (mass / vocab_size).to(tl.float32))
-            lowest, highest = _key(-float("inf"), SPARE_BITS), _key(largest, SPARE_BITS)
+            lowest, highest = key_of(-float("inf"), SPARE_BITS), key_of(largest, SPARE_BITS)
             top_k = tl.where(top_k < vocab_size, top_k, 0)
             if top_k == 0:
                 # Tokens below this weight have min_p against them, or all together less than 1 - top_p.
                 bound = largest + tl.log2(tl.maximum(least, 1e-37)) / scale
                 bound -= 0.01 / scale + 1e-6 * tl.abs(largest)
-                lowest = tl.minimum(_key(bound, SPARE_BITS), highest)
+                lowest = tl.minimum(key_of(bound, SPARE_BITS), highest)
             elif top_k <= num_blocks:
                 # Each of the top_k largest maxima is a token.
-                lowest = _key(tl.min(tl.where(live, maxima, largest), 0), SPARE_BITS)
-                lowest = _kth_largest(maxima_ptr, num_blocks, top_k, 0, lowest, highest, NUM_BLOCKS, SPARE_BITS)
+                lowest = key_of(tl.min(tl.where(live, maxima, largest), 0), SPARE_BITS)
+                lowest = kth_largest(maxima_ptr, num_blocks, top_k, 0, lowest, highest, NUM_BLOCKS, SPARE_BITS)
             elif top_k <= CAPACITY:
-                lowest = _kth_largest(logits_ptr, vocab_size, top_k, CAPACITY, lowest, highest, TILE, SPARE_BITS)
+                lowest = kth_largest(logits_ptr, vocab_size, top_k, CAPACITY, lowest, highest, TILE, SPARE_BITS)
 
-            reached = live & (_key(maxima, SPARE_BITS) >= lowest)
+            reached = live & (key_of(maxima, SPARE_BITS) >= lowest)
             tl.store(listed_ptr + tl.cumsum(reached.to(tl.int32), 0) - 1, block, mask=reached)
             tl.debug_barrier()
-            num_candidates = _gather(
+            num_candidates = gather(
                 logits_ptr,
                 listed_ptr,
                 candidates_ptr,
@@ -230,6 +269,7 @@ def _pick_tokens(
                 tl.sum(reached.to(tl.int32), 0),
                 lowest,
                 BLOCK,
+                TILE,
                 CAPACITY,
                 SPARE_BITS,
             )
@@ -240,25 +280,25 @@ def _pick_tokens(
 
             threshold, ties = lowest, _ALL
             if top_k > 0:
-                threshold = _kth_largest(x_ptr, size, top_k, 0, lowest, highest, TILE, SPARE_BITS)
-                ties = top_k - _count(x_ptr, size, threshold + 1, TILE, SPARE_BITS)
-                mass = _mass(x_ptr, size, threshold + 1, largest, scale, TILE, SPARE_BITS)
-                weight = _weight(_value(threshold, SPARE_BITS), largest, scale)
+                threshold = kth_largest(x_ptr, size, top_k, 0, lowest, highest, TILE, SPARE_BITS)
+                ties = top_k - count_from(x_ptr, size, threshold + 1, TILE, SPARE_BITS)
+                mass = mass_from(x_ptr, size, threshold + 1, largest, scale, TILE, SPARE_BITS)
+                weight = weight_of(value_of(threshold, SPARE_BITS), largest, scale)
                 mass += ties.to(tl.float64) * weight.to(tl.float64)
             if top_p < 1:
                 share = top_p.to(tl.float64) * mass
                 low, high = threshold, highest + 1
                 while low + 1 < high:
-                    middle = _average(low, high)
-                    reached_share = _mass(x_ptr, size, middle, largest, scale, TILE, SPARE_BITS) >= share
+                    middle = average(low, high)
+                    reached_share = mass_from(x_ptr, size, middle, largest, scale, TILE, SPARE_BITS) >= share
                     low, high = tl.where(reached_share, middle, low), tl.where(reached_share, high, middle)
-                above = _mass(x_ptr, size, low + 1, largest, scale, TILE, SPARE_BITS)
-                weight = tl.maximum(_weight(_value(low, SPARE_BITS), largest, scale), 1e-37)
+                above = mass_from(x_ptr, size, low + 1, largest, scale, TILE, SPARE_BITS)
+                weight = tl.maximum(weight_of(value_of(low, SPARE_BITS), largest, scale), 1e-37)
                 needed = tl.ceil((share - above) / weight.to(tl.float64))
                 needed = tl.minimum(tl.maximum(needed, 1.0), _ALL).to(tl.int32)
                 ties = tl.where(low == threshold, tl.minimum(ties, needed), needed)
                 threshold = low
-            place = _draw(x_ptr, size, threshold, ties, min_p, uniform, largest, scale, TILE, SPARE_BITS)
+            place = draw(x_ptr, size, threshold, ties, min_p, uniform, largest, scale, TILE, SPARE_BITS)
             token = place
             if num_candidates <= CAPACITY:
                 token = tl.load(candidate_ids_ptr + place)
@@ -273,10 +313,10 @@ def _pick_tokens(
             past = tl.sum(tl.where(is_chosen, cumulated - target, 0.0), 0)
             share = 1 - past / tl.sum(tl.where(is_chosen, weights, 0.0), 0)
             first = chosen * BLOCK
-            token = first + _draw(
+            token = first + draw(
                 logits_ptr + first,
                 tl.minimum(vocab_size - first, BLOCK),
-                _key(tl.where(greedy, largest, -float("inf")), SPARE_BITS),
+                key_of(tl.where(greedy, largest, -float("inf")), SPARE_BITS),
                 tl.where(greedy, 1, _ALL),
                 0.0,
                 share,
@@ -288,185 +328,3 @@ def _pick_tokens(
     tl.store(tokens_ptr + n, token)
     if KEEPS_TOKENS:
         tl.store(last_tokens_ptr + slot, tl.maximum(token, 0))
-
-
-@triton.jit
-def _gather(
-    logits_ptr,
-    listed_ptr,
-    candidates_ptr,
-    candidate_ids_ptr,
-    vocab_size,
-    num_listed,
-    lowest,
-    BLOCK: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    SPARE_BITS: tl.constexpr,
-):
-    """Copy the logits of the listed blocks whose key is at least `lowest`, and their ids, in order; their number.
-
-    Stops once there are more than CAPACITY.
-    """
-    count, i = 0, 0
-    first = tl.load(listed_ptr) * BLOCK
-    x, at = _tile(logits_ptr + first, vocab_size - first, 0, BLOCK)
-    while (i < num_listed) & (count <= CAPACITY):
-        kept = (_key(x, SPARE_BITS) >= lowest) & (first + at < vocab_size)
-        ids = first + at
-        # The next block is on its way while this one is at work.
-        i += 1
-        first = tl.load(listed_ptr + tl.minimum(i, num_listed - 1)) * BLOCK
-        next_x, at = _tile(logits_ptr + first, vocab_size - first, 0, BLOCK)
-        place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(candidates_ptr + place, x.to(candidates_ptr.dtype.element_ty), mask=kept & (place < CAPACITY))
-        tl.store(candidate_ids_ptr + place, ids, mask=kept & (place < CAPACITY))
-        count += tl.sum(kept.to(tl.int32), 0)
-        x = next_x
-    return count
-
-
-@triton.jit
-def _draw(
-    x_ptr,
-    size,
-    threshold,
-    ties,
-    min_p,
-    uniform,
-    largest,
-    scale,
-    TILE: tl.constexpr,
-    SPARE_BITS: tl.constexpr,
-):
-    """The first of `size` logits at which the cumulated weight of those allowed exceeds this share of their total.
-
-    Allowed are keys above `threshold` and the first `ties` that equal it, if they weigh at least `min_p`.
-    """
-    total = tl.full((), 0.0, tl.float64)
-    num_equal, start = 0, 0
-    while start < size:
-        weights, at, equal = _allowed(
-            x_ptr, size, start, threshold, ties - num_equal, min_p, largest, scale, TILE, SPARE_BITS
-        )
-        total += tl.sum(weights, 0)
-        num_equal += equal
-        start += TILE
-    target = uniform * total
-    # Rounding may leave the target at the total, or lift the sum at a token of no weight: neither is drawn.
-    found, last = size, 0
-    before = tl.full((), 0.0, tl.float64)
-    num_equal, start = 0, 0
-    while start < size:
-        weights, at, equal = _allowed(
-            x_ptr, size, start, threshold, ties - num_equal, min_p, largest, scale, TILE, SPARE_BITS
-        )
-        cumulated = before + tl.cumsum(weights, 0)
-        found = tl.minimum(found, tl.min(tl.where((weights > 0) & (cumulated > target), at, size), 0))
-        last = tl.maximum(last, tl.max(tl.where(weights > 0, at, 0), 0))
-        before += tl.sum(weights, 0)
-        num_equal += equal
-        start += TILE
-    return tl.where(found < size, found, last)
-
-
-@triton.jit
-def _allowed(
-    x_ptr,
-    size,
-    start,
-    threshold,
-    ties,
-    min_p,
-    largest,
-    scale,
-    TILE: tl.constexpr,
-    SPARE_BITS: tl.constexpr,
-):
-    """float64 weights of a tile, 0 where not allowed; where they stand; how many equal the threshold."""
-    x, at = _tile(x_ptr, size, start, TILE)
-    key = _key(x, SPARE_BITS)
-    equal = ((key == threshold) & (at < size)).to(tl.int32)
-    weights = _weight(x, largest, scale)
-    allowed = (key > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= ties))
-    return tl.where(allowed & (weights >= min_p), weights, 0.0).to(tl.float64), at, tl.sum(equal, 0)
-
-
-@triton.jit
-def _kth_largest(x_ptr, size, k, most, lowest, highest, TILE: tl.constexpr, SPARE_BITS: tl.constexpr):
-    """The largest key that at least `k` of `size` logits reach, or one on the way there that at most `most` reach.
-
-    At least `k` reach `lowest`; none exceeds `highest`.
-    """
-    low, high, count = lowest, highest + 1, size
-    while (low + 1 < high) & (count > most):
-        middle = _average(low, high)
-        reached = _count(x_ptr, size, middle, TILE, SPARE_BITS)
-        low, high = tl.where(reached >= k, middle, low), tl.where(reached >= k, high, middle)
-        count = tl.where(reached >= k, reached, count)
-    return low
-
-
-@triton.jit
-def _count(x_ptr, size, least, TILE: tl.constexpr, SPARE_BITS: tl.constexpr):
-    """How many of `size` logits have at least this key."""
-    count, start = tl.zeros([TILE], tl.int32), 0
-    while start < size:
-        x, at = _tile(x_ptr, size, start, TILE)
-        count += ((_key(x, SPARE_BITS) >= least) & (at < size)).to(tl.int32)
-        start += TILE
-    return tl.sum(count, 0)
-
-
-@triton.jit
-def _mass(x_ptr, size, least, largest, scale, TILE: tl.constexpr, SPARE_BITS: tl.constexpr):
-    """What those of `size` logits that have at least this key weigh together; float64."""
-    mass, start = tl.zeros([TILE], tl.float64), 0
-    while start < size:
-        x, _ = _tile(x_ptr, size, start, TILE)
-        mass += tl.where(_key(x, SPARE_BITS) >= least, _weight(x, largest, scale), 0.0).to(tl.float64)
-        start += TILE
-    return tl.sum(mass, 0)
-
-
-@triton.jit
-def _tile(x_ptr, size, start, TILE: tl.constexpr):
-    at = start + tl.arange(0, TILE)
-    return tl.load(x_ptr + at, mask=at < size, other=-float("inf")).to(tl.float32), at
-
-
-@triton.jit
-def _average(low, high):
-    """Rounded down, without the overflow of their sum."""
-    return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
-def _scale(temperature):
-    """What turns a difference of logits into a power of 2; that of temperature 1 where it is 0."""
-    return 1.4426950408889634 / tl.where(temperature == 0, 1.0, tl.maximum(temperature, 1e-30))
-
-
-@triton.jit
-def _weight(x, largest, scale):
-    return tl.exp2((x - largest) * scale)
-
-
-@triton.jit
-def _key(x, SPARE_BITS: tl.constexpr):
-    """int32 in the order of float32 x, the same for 0 and -0, without the bits that its type does not have."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SPARE_BITS
-
-
-@triton.jit
-def _value(key, SPARE_BITS: tl.constexpr):
-    """The float32 with this key, its spare bits 0."""
-    bits = tl.where(key < 0, ((key + 1) << SPARE_BITS) - 1, key << SPARE_BITS)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _uniform(seed, row, sample_index, position):
-    """reference.philox_uniform: float64 in (0, 1)."""
-    word, _, _, _ = tl.philox(seed, position, sample_index, row.to(tl.int32), (row >> 32).to(tl.int32))
-    return (word.to(tl.float64) + 0.5) / 4294967296.0

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kernels.draws import Draws
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rms_norm import RMSNorm
 
@@ -25,3 +26,7 @@ class Linear(nn.Module):
     def add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum) of the projection and the residual, which is consumed."""
         return self.ops.linear_add_norm(x, self.weight, residual, norm.weight, norm.eps)
+
+    def sample(self, x: Tensor, draws: Draws, last_tokens: Tensor) -> Tensor:
+        """A token of each row of the projection that is drawn from: [N] of x [M, in], which may be padded."""
+        return self.ops.linear_sample(x, self.weight, draws, last_tokens)

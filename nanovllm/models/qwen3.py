@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from kernels.draws import Draws
 from kernels.reference import rotary_table
 from nanovllm.layers.attention import AttentionBackend, AttentionMeta, PagedAttention
 from nanovllm.layers.linear import Linear
@@ -115,7 +116,6 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(self, ops: Ops, backend: AttentionBackend, c: Qwen3Config, num_positions: int) -> None:
         """`num_positions`: longest sequence that will be run."""
         super().__init__()
-        self.ops = ops
         self.model = Qwen3Model(ops, backend, c, num_positions)
         self.lm_head = Linear(ops, c.hidden_size, c.vocab_size)
         if c.tie_word_embeddings:
@@ -129,6 +129,6 @@ class Qwen3ForCausalLM(nn.Module):
         """
         return self.model(tokens, positions_T, meta, rows_N)
 
-    def compute_logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, vocabulary]"""
-        return self.lm_head(hidden_ND)
+    def sample(self, hidden_MD: Tensor, draws: Draws, last_tokens: Tensor) -> Tensor:
+        """Tokens [N] of the first N of the hidden states, one for each of the draws; see kernels.reference.sample."""
+        return self.lm_head.sample(hidden_MD, draws, last_tokens)

@@ -302,9 +302,8 @@ class ModelRunner:
 
     def _sample(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """int32 [rows that sample] of hidden states [those, perhaps padded, D]."""
-        logits = self._model.compute_logits(hidden)[: len(inputs["sample_slots"])]
         draws = self._state.sampling.draws(inputs["sample_slots"], inputs["sample_positions"])
-        return self._model.ops.sample(logits, draws, self._state.last_tokens).to(torch.int32)
+        return self._model.sample(hidden, draws, self._state.last_tokens).to(torch.int32)
 
     def _own_meta(self, plan: Plan, batch: PackedBatch, inputs: Mapping[str, Tensor]) -> AttentionMeta:
         decodes = plan.num_decodes

@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -271,16 +271,15 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(tmp_path: Path, monkeypat
     path = write_rows(tmp_path / "rows.jsonl", bundled_rows(4))
     words = (f"input={path}", "sampling.max_tokens=8", "sampling.ignore_eos=true")
     healthy = generate(tmp_path / "healthy", *words)
-    original = Qwen3ForCausalLM.compute_logits
+    original = Qwen3ForCausalLM.sample
     calls = iter(range(100))
 
-    def poisoned(self: Qwen3ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
-        logits = original(self, hidden)
+    def poisoned(self: Qwen3ForCausalLM, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         if next(calls) == 3:  # the fourth step: all four rows are in the batch, in input order
-            logits[1] = torch.nan
-        return logits
+            hidden[1] = torch.nan
+        return original(self, hidden, *rest)
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "compute_logits", poisoned)
+    monkeypatch.setattr(Qwen3ForCausalLM, "sample", poisoned)
     run = generate(tmp_path / "sick", *words)
     assert run.code == 3
     (failure,) = run.failures
@@ -295,15 +294,15 @@ def test_a_model_that_falls_over_leaves_what_was_finished(tmp_path: Path, monkey
     rows = bundled_rows(3)
     rows[1]["sampling"] = {"max_tokens": 2}
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    original = Qwen3ForCausalLM.compute_logits
+    original = Qwen3ForCausalLM.sample
     calls = iter(range(100))
 
-    def falling(self: Qwen3ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    def falling(self: Qwen3ForCausalLM, *given: Any) -> torch.Tensor:
         if next(calls) == 5:
             raise RuntimeError("the device is gone")
-        return original(self, hidden)
+        return original(self, *given)
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "compute_logits", falling)
+    monkeypatch.setattr(Qwen3ForCausalLM, "sample", falling)
     run = generate(tmp_path / "run", f"input={path}", "sampling.max_tokens=8", "sampling.ignore_eos=true")
     assert run.code == 1
     assert (run.manifest["status"], run.manifest["error"]) == ("failed", "RuntimeError: the device is gone")

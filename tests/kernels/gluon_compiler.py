@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from kernels import hopper_lm_head as lm_head
 from kernels import hopper_prefill_attention as attention
 from kernels import hopper_products as products
 from kernels.hopper import COLUMNS, CONSUMERS, PANEL, ROWS
@@ -76,11 +77,36 @@ def product(kernel: Any, dtype: str, **constants: int) -> Any:
     return compile_kernel(kernel, signature, sizes | constants, products._MEAN_REGISTERS)
 
 
+def head(tuning: lm_head.LmHeadTuning, dtype: str) -> Any:
+    signature = {
+        "xs": descriptor(dtype, tuning.groups * ROWS, PANEL),
+        "weights": descriptor(dtype, tuning.block, PANEL),
+        "logits": descriptor(dtype, ROWS, tuning.block // 2),
+        "temperature_ptr": "*fp32",
+        "slots_ptr": "*i64",
+        "maxima_ptr": f"*{dtype}",
+        "sums_ptr": "*fp32",
+        **dict.fromkeys(("temperature_stride", "num_tokens", "vocab_size", "depth"), "i32"),
+    }
+    constants = {
+        "HAS_SLOTS": True,
+        "GROUPS": tuning.groups,
+        "BLOCK": tuning.block,
+        "STAGES": tuning.stages,
+        "LEAD": tuning.lead,
+        "REGISTERS": tuning.registers,
+        "LOADER_REGISTERS": tuning.loader_registers,
+    }
+    return compile_kernel(lm_head._lm_head, signature, constants, tuning.mean_registers)
+
+
 if __name__ == "__main__":
     name, dtype = sys.argv[1:]
     compiled = {
         "attention_of_long_items": lambda: prefill(attention.LONG, dtype),
         "attention_of_short_items": lambda: prefill(attention.SHORT, dtype),
+        "head_of_few_rows": lambda: head(lm_head.FEW, dtype),
+        "head_of_many_rows": lambda: head(lm_head.MANY, dtype),
         "gate": lambda: product(products._silu_mul, dtype),
         "heads": lambda: product(products._norm_rotary_store, dtype, NUM_Q=NUM_Q, NUM_KV=NUM_KV, BLOCK_SIZE=BLOCK_SIZE),
     }[name]()

@@ -9,10 +9,19 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("attention_of_long_items", "attention_of_short_items", "gate", "heads")
+KERNELS = (
+    "attention_of_long_items",
+    "attention_of_short_items",
+    "gate",
+    "heads",
+    "head_of_few_rows",
+    "head_of_many_rows",
+)
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [*((kernel, "bf16") for kernel in KERNELS), (KERNELS[1], "fp16")])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [*((kernel, "bf16") for kernel in KERNELS), (KERNELS[1], "fp16"), (KERNELS[-1], "fp16")]
+)
 def test_the_installed_triton_compiles_it(kernel: str, dtype: str) -> None:
     """In a process of its own: the others here interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -54,7 +54,32 @@ def test_attention_of_other_shapes_is_left_to_the_other_kernel(
     assert hopper.is_prefill_attention(q, cache) == is_ours
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "depth", "dtype", "is_ours"),
+    [
+        (17, 151_936, 1024, torch.bfloat16, True),
+        (4096, 8193, 64, torch.float16, True),
+        (16, 151_936, 1024, torch.bfloat16, False),
+        (0, 151_936, 1024, torch.bfloat16, False),
+        (256, 8191, 1024, torch.bfloat16, False),
+        (256, 151_936, 1000, torch.bfloat16, False),
+        (256, 151_936, 1024, torch.float32, False),
+    ],
+)
+def test_heads_of_few_rows_or_ids_are_left_to_the_library(
+    num_rows: int, vocab_size: int, depth: int, dtype: torch.dtype, is_ours: bool
+) -> None:
+    x = torch.empty(num_rows, depth, dtype=dtype, device="meta")
+    assert hopper.is_lm_head(x, torch.empty(vocab_size, depth, dtype=dtype, device="meta")) == is_ours
+
+
+def test_a_head_with_gaps_between_its_rows_is_left_to_the_library() -> None:
+    x, weight = (torch.empty(count, 256, dtype=torch.float16, device="meta") for count in (256, 8192))
+    assert not hopper.is_lm_head(x[:, :128], weight[:, :128])
+
+
 def test_no_other_device_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     x = torch.empty(8192, 1024, dtype=torch.bfloat16)
     assert not hopper.is_product_of_many(x, torch.empty(4096, 1024, dtype=torch.bfloat16))
+    assert not hopper.is_lm_head(x, torch.empty(8192, 1024, dtype=torch.bfloat16))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.draws import Draws
-from kernels.sample import sample
+from kernels.sample import pick_tokens, reduce_blocks, sample
 from tests.kernels.test_sample import chi_square_p, expected_probabilities
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,6 +99,15 @@ def assert_draws_like_the_reference(logits: Tensor, draws: Draws) -> None:
 def test_a_mixed_batch_is_drawn_like_the_reference(vocab_size: int, dtype: torch.dtype) -> None:
     logits = random_logits(len(CASES), vocab_size).to(dtype)
     assert_draws_like_the_reference(logits, mixed_draws(CASES))
+
+
+@pytest.mark.parametrize("size", [64, 256, 2048])
+def test_blocks_may_have_any_size(size: int) -> None:
+    """Tokens are the same with blocks of 1,024; what a filter gathers comes from several blocks at once."""
+    logits, draws = random_logits(len(CASES), 5000), mixed_draws(CASES)
+    blocks = reduce_blocks(logits, draws, size)
+    assert blocks.maxima.shape == blocks.sums.shape == (len(CASES), math.ceil(5000 / size))
+    assert pick_tokens(logits, blocks, draws).tolist() == reference.sample(logits, draws).tolist()
 
 
 def test_a_token_is_found_in_whichever_block_it_is() -> None:

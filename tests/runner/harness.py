@@ -119,11 +119,12 @@ def _fix_sizes(assembly: Assembly, max_num_seqs: int, sizes: GraphSizes) -> None
 
 def _tap(assembly: Assembly, logits: dict[tuple[int, int], torch.Tensor]) -> None:
     model = assembly.engine.runner._model  # pyright: ignore[reportAttributeAccessIssue]
-    ops = model.ops
+    ops = model.lm_head.ops
 
-    def sample(values: torch.Tensor, draws: Draws, last_tokens: torch.Tensor) -> torch.Tensor:
+    def linear_sample(x: torch.Tensor, weight: torch.Tensor, draws: Draws, last_tokens: torch.Tensor) -> torch.Tensor:
+        values = ops.linear(x, weight)[: len(draws.position)]
         for row, position, value in zip(draws.by_row().row.tolist(), draws.position.tolist(), values, strict=True):
             logits[row, position] = value.clone()
-        return ops.sample(values, draws, last_tokens)
+        return ops.linear_sample(x, weight, draws, last_tokens)
 
-    model.ops = SimpleNamespace(sample=sample)
+    model.lm_head.ops = SimpleNamespace(linear_sample=linear_sample)

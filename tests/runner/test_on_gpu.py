@@ -3,6 +3,7 @@
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,19 +174,18 @@ def test_bfloat16_differs_only_where_the_best_two_tokens_are_close(
 def logits_in_halves(path: Path, monkeypatch: pytest.MonkeyPatch, *, beside: bool) -> list[torch.Tensor]:
     """Logits of every step in halves that has no padding, of rows of 500 to 1,400 tokens."""
     monkeypatch.setattr("nanovllm.runner.graph_sizes.MIN_HALVES_TOKENS", 1)
-    init, compute = Halves.__init__, Qwen3ForCausalLMOfOurs.compute_logits
+    init, sample = Halves.__init__, Qwen3ForCausalLMOfOurs.sample
     last = torch.zeros(128, 320, dtype=torch.bfloat16, device="cuda")
 
     def one_stream(self: Halves, device: torch.device) -> None:
         init(self, torch.device("cpu"))
 
-    def keep(self: Qwen3ForCausalLMOfOurs, hidden: torch.Tensor) -> torch.Tensor:
-        logits = compute(self, hidden)
-        last[: len(logits)].copy_(logits[:128])
-        return logits
+    def keep(self: Qwen3ForCausalLMOfOurs, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        last[: len(hidden)].copy_(self.lm_head(hidden)[:128])
+        return sample(self, hidden, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Qwen3ForCausalLMOfOurs, "compute_logits", keep)
+        patched.setattr(Qwen3ForCausalLMOfOurs, "sample", keep)
         if not beside:
             patched.setattr(Halves, "__init__", one_stream)
         harness = build(path, device="cuda", dtype="bfloat16", max_num_seqs=128, prefix_caching=False)
