@@ -32,15 +32,15 @@ class LmHeadTuning:
     block: int
     """Ids of a tile, which share a maximum and a sum."""
     stages: int
-    lead: int
-    """Stages that the first group is ahead of the second, so that the one's products hide the other's sums."""
     mean_registers: int
     registers: int = 240
     loader_registers: int = 24
 
 
-FEW = LmHeadTuning(groups=1, block=256, stages=5, lead=0, mean_registers=168)
-MANY = LmHeadTuning(groups=2, block=256, stages=4, lead=3, mean_registers=168)
+FEW = LmHeadTuning(groups=1, block=256, stages=5, mean_registers=168)
+MANY = LmHeadTuning(groups=2, block=256, stages=4, mean_registers=168)
+MAX_FEW_ROWS = 192
+"""Measured in NOTES.md, as are the others."""
 
 
 def hopper_lm_head(
@@ -51,7 +51,7 @@ def hopper_lm_head(
     Rows of the logits begin at multiples of 16 bytes.
     """
     (num_tokens, depth), vocab_size = x.shape, len(weight)
-    tuning = tuning or (FEW if num_tokens <= ROWS else MANY)
+    tuning = tuning or (FEW if num_tokens <= MAX_FEW_ROWS else MANY)
     num_blocks = triton.cdiv(vocab_size, tuning.block)
     stride = triton.cdiv(vocab_size, 8) * 8
     logits = torch.empty((num_tokens, stride), dtype=x.dtype, device=x.device)[:, :vocab_size]
@@ -74,7 +74,6 @@ def hopper_lm_head(
         GROUPS=tuning.groups,
         BLOCK=tuning.block,
         STAGES=tuning.stages,
-        LEAD=min(tuning.lead, depth // PANEL - 1),
         REGISTERS=tuning.registers,
         LOADER_REGISTERS=tuning.loader_registers,
         num_warps=4,
@@ -104,7 +103,6 @@ def _lm_head(
     GROUPS: gl.constexpr,
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
@@ -114,19 +112,17 @@ def _lm_head(
     out_tiles = gl.allocate_shared_memory(xs.dtype, [GROUPS, _ROWS, BLOCK // 2], layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
         mbarrier.init(free.index(stage), count=GROUPS)
-    mbarrier.init(turn, count=1)
     hopper.fence_async_shared()
-    barriers = (filled, free, turn)
+    barriers = (filled, free)
     shape = (num_tokens, vocab_size, depth)
     rows = view_as(x_tiles, [GROUPS * STAGES, _ROWS, _PANEL], layout)
     tiles = (rows, w_tiles, logits, out_tiles)
     settings = (temperature_ptr, slots_ptr, temperature_stride)
     into = (maxima_ptr, sums_ptr)
-    sizes: gl.constexpr = (HAS_SLOTS, GROUPS, BLOCK, STAGES, LEAD)
+    sizes: gl.constexpr = (HAS_SLOTS, GROUPS, BLOCK, STAGES)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -152,7 +148,7 @@ def _lm_head(
 def _load(
     xs, weights, x_tiles, w_tiles, barriers, shape, GROUPS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
 ):
-    filled, free, _ = barriers
+    filled, free = barriers
     num_tokens, vocab_size, depth = shape
     num_rows = gl.cdiv(num_tokens, GROUPS * _ROWS)
     count = 0
@@ -174,13 +170,10 @@ def _multiply(tiles, barriers, settings, into, shape, sizes: gl.constexpr, GROUP
     GROUPS: gl.constexpr = sizes[1]
     BLOCK: gl.constexpr = sizes[2]
     STAGES: gl.constexpr = sizes[3]
-    LEAD: gl.constexpr = sizes[4]
-    filled, free, turn = barriers
+    filled, free = barriers
     num_tokens, vocab_size, depth = shape
     num_rows = gl.cdiv(num_tokens, GROUPS * _ROWS)
     num_blocks = gl.cdiv(vocab_size, BLOCK)
-    if GROUP == 1 and LEAD > 0:
-        mbarrier.wait(turn, 0)
     count = 0
     for tile in range(gl.program_id(0), num_rows * num_blocks, gl.num_programs(0)):
         first_token = tile % num_rows * (GROUPS * _ROWS) + GROUP * _ROWS
@@ -256,8 +249,7 @@ def _product(x_tiles, w_tiles, barriers, count, depth, layout: gl.constexpr, siz
     GROUPS: gl.constexpr = sizes[1]
     BLOCK: gl.constexpr = sizes[2]
     STAGES: gl.constexpr = sizes[3]
-    LEAD: gl.constexpr = sizes[4]
-    filled, free, turn = barriers
+    filled, free = barriers
     product = gl.zeros([_ROWS, BLOCK], gl.float32, layout)
     for k in range(0, depth, _PANEL):
         stage = count % STAGES
@@ -266,9 +258,6 @@ def _product(x_tiles, w_tiles, barriers, count, depth, layout: gl.constexpr, siz
         product = hopper.warpgroup_mma(x, w_tiles.index(stage).permute([1, 0]), product, is_async=True)
         product = hopper.warpgroup_mma_wait(1, [product])
         mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=k > 0)
-        if GROUP == 0 and LEAD > 0:  # noqa: SIM102  it is the compiler's to decide
-            if count == LEAD:
-                mbarrier.arrive(turn)
         count += 1
     product = hopper.warpgroup_mma_wait(0, [product])
     mbarrier.arrive(free.index((count + STAGES - 1) % STAGES))

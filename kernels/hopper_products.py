@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.gluon_names import barrier, copy_in, copy_out, gl, gluon, hopper, tma, view_as
+from kernels.gluon_names import barrier, copy_in, copy_out, gl, gluon, hopper, round_to, tma, view_as
 from kernels.hopper import COLUMNS, CONSUMERS, PANEL, ROWS
 from kernels.launch import num_programs
 
@@ -147,10 +147,10 @@ def _multiply_silu_mul(
     for tile in range(gl.program_id(0), num_rows * num_columns, gl.num_programs(0)):
         row, column = _place(tile, num_rows, num_columns, BAND)
         gate, up, count = _multiply(x_halves, w_tiles, barriers, count, depth, STAGES, HALF)
-        gate = gate.to(dtype).to(gl.float32)
-        gate = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
+        gate = round_to(gate, dtype).to(gl.float32)
+        gate = round_to(gate / (1.0 + gl.exp(-gate)), dtype).to(gl.float32)
         tma.store_wait(0)
-        out_tiles.index(HALF).store((gate * up.to(dtype).to(gl.float32)).to(dtype))
+        out_tiles.index(HALF).store(round_to(gate * round_to(up, dtype).to(gl.float32), dtype))
         hopper.fence_async_shared()
         copy_out(outs, [row * (2 * _ROWS) + HALF * _ROWS, column * _COLUMNS], out_tiles.index(HALF))
     tma.store_wait(0)

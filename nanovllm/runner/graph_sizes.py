@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MIN_HALVES_ROWS, MAX_HALVES_ROWS = 8, 128
+MIN_HALVES_ROWS, MAX_HALVES_ROWS = 8, 160
 MIN_HALVES_TOKENS = 65536
 """Whose keys and values take so long to read that the other half's matrix products fit into that time; kernels/NOTES.md
 has what was measured."""

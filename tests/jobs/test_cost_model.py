@@ -237,7 +237,8 @@ def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tm
     assert model.whole_ms == pytest.approx(0.7 if with_halves else 0.0, rel=0.02)
     write_run(tmp_path / "other", long_rows[40:120] + rows(100, 2), costs, much, with_halves=with_halves)
     other = RecordedRun("against", tmp_path / "other")
-    assert predictor.predict_run(other, RecordedRows(other), BlockLedger()).steps_s == pytest.approx(other.steps_seconds, rel=0.003)
+    prediction = predictor.predict_run(other, RecordedRows(other), BlockLedger())
+    assert prediction.steps_s == pytest.approx(other.steps_seconds, rel=0.003)
 
 
 def test_what_the_record_says_of_halves_counts_and_the_rule_where_it_says_nothing(

@@ -8,10 +8,15 @@ from jobs.turns import TURN_S, short_turns
 
 
 def test_turns_are_short_inside_and_as_before_afterwards():
-    before = sys.getswitchinterval()
+    before, inside = sys.getswitchinterval(), []
 
-    with pytest.raises(RuntimeError, match="inside"), short_turns():
-        assert sys.getswitchinterval() == pytest.approx(TURN_S)
-        raise RuntimeError("inside")
+    def fail() -> None:
+        with short_turns():
+            inside.append(sys.getswitchinterval())
+            raise RuntimeError("inside")
 
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+
+    assert inside == [pytest.approx(TURN_S)]
     assert sys.getswitchinterval() == before != pytest.approx(TURN_S)

@@ -93,7 +93,6 @@ def head(tuning: lm_head.LmHeadTuning, dtype: str) -> Any:
         "GROUPS": tuning.groups,
         "BLOCK": tuning.block,
         "STAGES": tuning.stages,
-        "LEAD": tuning.lead,
         "REGISTERS": tuning.registers,
         "LOADER_REGISTERS": tuning.loader_registers,
     }

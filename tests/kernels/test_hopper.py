@@ -59,6 +59,9 @@ def test_attention_of_other_shapes_is_left_to_the_other_kernel(
     [
         (17, 151_936, 1024, torch.bfloat16, True),
         (4096, 8193, 64, torch.float16, True),
+        (128, 151_936, 1024, torch.bfloat16, True),
+        (160, 151_936, 1024, torch.bfloat16, False),
+        (161, 151_936, 1024, torch.bfloat16, True),
         (16, 151_936, 1024, torch.bfloat16, False),
         (0, 151_936, 1024, torch.bfloat16, False),
         (256, 8191, 1024, torch.bfloat16, False),

@@ -64,6 +64,7 @@ def build(
     *,
     block_size: int = 16,
     num_blocks: int | None = None,
+    memory_fraction: float = 0.25,
     prefix_caching: bool = True,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8192,
@@ -76,12 +77,20 @@ def build(
     enforce_eager: bool = False,
     fixed_sizes: GraphSizes | None = None,
 ) -> Harness:
-    """`fixed_sizes`: on a CPU, steps run at these sizes, as they do on a GPU, though not as graphs."""
+    """`memory_fraction` leaves room on a GPU for the tests of other processes.
+
+    `fixed_sizes`: on a CPU, steps run at these sizes, as they do on a GPU, though not as graphs.
+    """
     counters = Counters()
     assembly = assemble(
         LLMConfig(
             model=ModelConfig(path=str(path), dtype=dtype),
-            kv=KVConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
+            kv=KVConfig(
+                block_size=block_size,
+                num_blocks=num_blocks,
+                memory_fraction=memory_fraction,
+                prefix_caching=prefix_caching,
+            ),
             engine=EngineConfig(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
