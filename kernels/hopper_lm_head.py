@@ -48,7 +48,7 @@ def hopper_lm_head(
 ) -> tuple[Tensor, Blocks]:
     """Logits [N, V] of x [N, in] and weight [V, in], both contiguous, and their blocks.
 
-    Rows of the logits begin at multiples of 16 bytes.
+    Rows of the logits begin at multiples of 16 bytes; what lies between them is written over.
     """
     (num_tokens, depth), vocab_size = x.shape, len(weight)
     tuning = tuning or (FEW if num_tokens <= MAX_FEW_ROWS else MANY)

@@ -166,9 +166,6 @@ def test_nothing_is_written_behind_the_outputs(rows: int, dtype: torch.dtype, mo
     assert torch.equal(logits, expected)
     for buffer, size in buffers:
         assert bool((buffer[size:] == 7).all())
-    stored, _ = buffers[0]
-    padding = stored[: rows * 9008].view(rows, 9008)[:, 9001:]
-    assert bool((padding == 7).all())
 
 
 @pytest.mark.parametrize("rows", [40, 300])
