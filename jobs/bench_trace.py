@@ -19,6 +19,9 @@ MODEL = "Qwen/Qwen3-0.6B"
 STEPS_BEFORE = {"nano": 60, "many": 100, "short": 60, "shared": 60, "long": 60}
 """Steps until a workload is in full swing."""
 STEPS = 10
+RAMP_STEPS = 3
+"""Before these: a device that begins with nothing to do, under a profiler whose first launches are slow."""
+TOKENS_COPY = "Memcpy DtoH"
 LONG_GAP_US = 10.0
 """Between two kernels of a graph there is less; a longer gap is the host's."""
 SHOWN = 14
@@ -118,8 +121,19 @@ def _trace(engine: LLMEngine) -> list[tuple[str, float, float]]:
     """(name, start, end) of what the device did in the next steps; microseconds."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as profiler:
-        for _ in range(STEPS):
+        for _ in range(RAMP_STEPS + STEPS):
             engine.step()
         torch.cuda.synchronize()
     events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
-    return [(event.name[:70], event.time_range.start, event.time_range.end) for event in events]
+    kernels = [(event.name[:70], event.time_range.start, event.time_range.end) for event in events]
+    return behind_ramp(kernels, RAMP_STEPS, RAMP_STEPS + STEPS)
+
+
+def behind_ramp(kernels: Iterable[tuple[str, float, float]], first: int, end: int) -> list[tuple[str, float, float]]:
+    """What the device did in steps `first` to `end` - 1, and the end of the one before: the copy of its tokens.
+
+    `first` is at least 1.
+    """
+    ordered = sorted(kernels, key=lambda kernel: kernel[2])
+    step_ends = [kernel[2] for kernel in ordered if kernel[0].startswith(TOKENS_COPY)]
+    return [kernel for kernel in ordered if step_ends[first - 1] <= kernel[2] <= step_ends[end - 1]]
