@@ -91,8 +91,7 @@ def _grid(predictor: Predictor, said: _Words) -> None:
     lines = report.grid_table(predictor, choices, predictions)
     lines.append(f"block events with the recorded settings: {_compared(recorded, predictor.ledger)}")
     if choices:
-        predicted = sum(prediction.steps_s for prediction in predictions if prediction)
-        lines.append(_speed(len(choices), seconds, predicted))
+        lines.append(_speed([prediction for prediction in predictions if prediction], seconds))
     if said.search:
         lines += report.best_lines(choices, predictions, predictor.recorded)
     show("\n".join(lines))
@@ -113,15 +112,16 @@ def _against(predictor: Predictor, patterns: Sequence[str]) -> None:
         seconds += time.perf_counter() - began
         events.append(_compared(other, ledger))
     lines = report.against_table(runs, predictions, events)
-    predicted = sum(prediction.steps_s for prediction in predictions)
-    lines.append(_speed(len(runs), seconds, predicted))
+    lines.append(_speed(predictions, seconds))
     show("\n".join(lines))
 
 
-def _speed(num_runs: int, seconds: float, predicted: float) -> str:
-    """`predicted`: seconds of all their steps."""
+def _speed(predictions: Sequence[Prediction], seconds: float) -> str:
+    """How long they took, beside what they predict: the steps alone, and the whole jobs."""
+    steps_s, job_s = (sum(p.steps_s for p in predictions), sum(p.job_s for p in predictions))
     return (
-        f"{num_runs} simulated in {seconds:.2f} s, {predicted / max(seconds, 1e-9):.0f} times faster than their steps"
+        f"{len(predictions)} simulated in {seconds:.2f} s, {steps_s / max(seconds, 1e-9):.0f} times faster than their "
+        f"steps, {job_s / max(seconds, 1e-9):.0f} times faster than the jobs"
     )
 
 

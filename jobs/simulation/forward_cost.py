@@ -42,6 +42,10 @@ GPU_KNEE = 256
 """Padded tokens, or rows of logits, up to which a GPU's matrix products take the time of reading the weights, whatever
 the tokens; beyond, operations count."""
 
+PREFIX_PAIR = 2.5
+"""Pairs of prompts' attention that take as long on a GPU as one of a prefix that is read once for many rows: that kernel
+and the merge behind it reach some 240 TFLOP/s where products reach 650 (kernels/NOTES.md)."""
+
 
 class SharedReads(NamedTuple):
     """What shared prefixes change in a step's decode attention; numbers, or arrays [steps]."""
@@ -100,10 +104,9 @@ class ForwardFeatures:
         products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
         prefills = sizes.num_decodes < sizes.num_rows
         pairs = apart = sizes.prefill_pairs + shared.pairs
-        if (
-            self.knee
-        ):  # a GPU's matrix units multiply for attention as for the rest; another kernel does it for prefixes
+        if self.knee:  # a GPU's matrix units multiply for attention as for the rest
             logits_rows, apart = np.minimum(logits_rows, self.knee), shared.pairs
+            pairs = sizes.prefill_pairs + PREFIX_PAIR * shared.pairs
         few = self._latency_share(tokens)
         return (
             1.0,
