@@ -43,7 +43,7 @@ GPU_KNEE = 256
 the tokens; beyond, operations count."""
 
 PREFIX_PAIR = 2.5
-"""Pairs of prompts' attention that take a GPU as long as one of a prefix that is read once for many rows: that kernel and
+"""Pairs of prompts' attention that take a GPU as long as one of a prefix that is read once for many rows: its kernel and
 the merge behind it reach some 240 TFLOP/s where products reach 650 (kernels/NOTES.md)."""
 
 
