@@ -118,7 +118,7 @@ def _against(predictor: Predictor, patterns: Sequence[str]) -> None:
 
 def _speed(predictions: Sequence[Prediction], seconds: float) -> str:
     """How long they took, beside what they predict: the steps alone, and the whole jobs."""
-    steps_s, job_s = (sum(p.steps_s for p in predictions), sum(p.job_s for p in predictions))
+    steps_s, job_s = sum(p.steps_s for p in predictions), sum(p.job_s for p in predictions)
     return (
         f"{len(predictions)} simulated in {seconds:.2f} s, {steps_s / max(seconds, 1e-9):.0f} times faster than their "
         f"steps, {job_s / max(seconds, 1e-9):.0f} times faster than the jobs"

@@ -46,8 +46,9 @@ class BlockManager:
     prefix can still be reused). Empty blocks are taken first, then the cached one that was used longest ago.
 
     A published block gets a content number that is never given out again. The index maps (content number of the
-    parent block, hash of the whole prefix) to a block, and a hit also compares the block's own tokens. By induction
-    over the chain a hit therefore holds exactly the wanted prefix, whatever the hash does.
+    parent block, hash of the whole prefix) to a block, and a hit also compares the block's own tokens, or those of the
+    prompt that they have just been compared with. By induction over the chain a hit therefore holds exactly the wanted
+    prefix, whatever the hash does.
 
     State is kept in arrays, and blocks are taken, hit, published and given back many at a time: a step may admit a
     hundred prompts of a hundred blocks. Block ids come and go as intp arrays, which index without being converted.
@@ -133,7 +134,8 @@ class BlockManager:
         `hashes`, chained ones of leading full blocks, grow until there are `num_blocks` of them.
 
         Prompts that begin alike often come one after the other: what is common with the last one is not hashed, looked
-        up and compared again, and where both find the same blocks, the same array is returned.
+        up and compared again, and where both find the same blocks, the same array is returned. So nobody may change
+        `token_ids` afterwards.
         """
         if not self.prefix_caching:
             return _NO_BLOCKS
@@ -183,7 +185,7 @@ class BlockManager:
     def hit(self, seq_ids: int | np.ndarray, blocks: np.ndarray) -> None:
         """Add one sequence, or one after the other, to the users of blocks that `find_prefix` has returned.
 
-        Nothing may have been taken in between.
+        Nothing may have been evicted in between.
         """
         counts, hashes = self._ref_counts[blocks], self._hashes[blocks]
         if np.count_nonzero(counts) < len(counts):
@@ -198,24 +200,21 @@ class BlockManager:
             blocks, hashes = np.tile(blocks, num_users), np.tile(hashes, num_users)
         self._log.add(_HIT, blocks, seq_ids, ref_counts=counts, hashes=hashes, has_hash=True)
 
-    def allocate(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
-        """Take `count` blocks, for one sequence or, of as many, one for each.
-
-        The caller has checked that so many are free.
-        """
+    def allocate(self, seq_ids: np.ndarray) -> np.ndarray:
+        """Take a block for each of `seq_ids`, which may repeat; the caller has checked that so many are free."""
+        count = len(seq_ids)
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
         num_empty = min(count, len(self._empty))
         blocks = self._empty.take(num_empty)
         self._ref_counts[blocks] = 1
-        of_empty = seq_ids if isinstance(seq_ids, int) else seq_ids[:num_empty]
-        self._log.add(_ALLOCATE, blocks, of_empty, ref_counts=1)
+        self._log.add(_ALLOCATE, blocks, seq_ids[:num_empty], ref_counts=1)
         if num_empty == count:
             return blocks
-        evicted = self._evict(seq_ids if isinstance(seq_ids, int) else seq_ids[num_empty:], count - num_empty)
-        return np.concatenate([blocks, evicted])
+        return np.concatenate([blocks, self._evict(seq_ids[num_empty:])])
 
-    def _evict(self, seq_ids: int | np.ndarray, count: int) -> np.ndarray:
+    def _evict(self, seq_ids: np.ndarray) -> np.ndarray:
         """Take the cached blocks used longest ago; each is given up just before it is taken."""
+        count = len(seq_ids)
         blocks = self._cached.take(count)
         self._num_evictions += count
         hashes = self._hashes[blocks]
@@ -227,7 +226,7 @@ class BlockManager:
         self._log.add(
             np.where(turns, _ALLOCATE, _EVICT),
             np.repeat(blocks, 2),
-            seq_ids if isinstance(seq_ids, int) else np.repeat(seq_ids, 2),
+            np.repeat(seq_ids, 2),
             ref_counts=turns,
             hashes=np.repeat(hashes, 2),
             has_hash=turns == 0,

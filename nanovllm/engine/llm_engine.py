@@ -158,7 +158,8 @@ class LLMEngine:
     def step(self) -> list[SequenceOutput]:
         """Go on until one more step is committed; returns the sequences that ended with it.
 
-        What the runner raises comes through. The engine cannot go on after that: nobody knows what the device did.
+        What the runner raises comes through, and what interrupts the scheduler. The engine cannot go on after that:
+        nobody knows what the device did, or which blocks are whose.
         """
         if self._failure is not None:
             raise RuntimeError(f"the engine failed in an earlier step ({self._failure}); build a new one")
@@ -223,7 +224,11 @@ class LLMEngine:
 
     def _submit(self) -> bool:
         start_ns = self.clock()
-        scheduled = self.scheduler.schedule(self.next_step, start_ns)
+        try:
+            scheduled = self.scheduler.schedule(self.next_step, start_ns)
+        except BaseException as error:  # such as KeyboardInterrupt, with blocks taken that no table has yet
+            self._failure = error
+            raise
         if scheduled is None:
             return False
         event = self._schedule_event(scheduled, start_ns) if self.recorders else None
@@ -245,11 +250,11 @@ class LLMEngine:
     def _commit(self, submitted: _Submitted) -> list[SequenceOutput]:
         try:
             result = self.runner.collect()
+            end_ns = self.clock()
+            commit = self.scheduler.commit(submitted.plan, result.token_ids, end_ns)
         except BaseException as error:
             self._failure = error
             raise
-        end_ns = self.clock()
-        commit = self.scheduler.commit(submitted.plan, result.token_ids, end_ns)
         self.last_committed = submitted.plan.step
         if submitted.event is None:
             self._blocks.discard_events()

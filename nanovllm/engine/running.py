@@ -22,7 +22,7 @@ class TableEntries(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """Sequences that have a slot but do not stand in the arrays yet: int64 [sequences]."""
+    """Sequences that have a slot but do not stand in the arrays yet: int64 [sequences], booleans as 0 and 1."""
 
     slot: np.ndarray
     seq_id: np.ndarray
@@ -100,10 +100,7 @@ class Running:
 
     def table_of(self, slot: int) -> np.ndarray:
         """A running sequence's blocks."""
-        return self._tables[slot, : self._num_held(slot)]
-
-    def _num_held(self, slot: int) -> int:
-        return self.capacity.item(slot) // self._blocks.block_size
+        return self._tables[slot, : self.capacity.item(slot) // self._blocks.block_size]
 
     # Taking a slot
 
@@ -174,7 +171,7 @@ class Running:
         owners, columns = slots, (capacity // size).astype(np.intp)
         if counts is not None:
             owners, columns = _spread(slots, columns, counts)
-        blocks = self._blocks.allocate(self.seq_ids[owners], len(owners))
+        blocks = self._blocks.allocate(self.seq_ids[owners])
         self._flat_tables[owners * self._width + columns] = blocks
         self.capacity[slots] = capacity + (size if counts is None else size * counts)
         self._new_entries.append(TableEntries(owners, columns, blocks))

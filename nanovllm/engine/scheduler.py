@@ -135,7 +135,11 @@ class Scheduler:
         return ended
 
     def forget_submitted(self) -> None:
-        """No result of a submitted step will come any more: what has ended gives its blocks back now."""
+        """No result of a submitted step will come any more: what has ended gives its blocks back now.
+
+        Scheduling may have been broken off, too: what it had placed is entered, so that it can be aborted.
+        """
+        self.running.settle()
         self.running.in_flight[:] = 0
         for seq in self._displaced.values():
             seq.num_in_flight = 0

@@ -52,7 +52,7 @@ class Sequence:
         arrived_ns: int = 0,
     ) -> None:
         self.seq_id = seq_id
-        self.token_ids = token_ids
+        self.token_ids = np.array(token_ids, np.int32)  # its own: the prefix cache relies on what stands in it
         self.sampling = sampling
         self.row = row
         self.sample = sample

@@ -58,7 +58,7 @@ def _best(
 
 
 def _split(blocks: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows by equal block, of those that have one, where enough have the same."""
+    """Rows, at least one, by equal block, of those that have one, where enough have the same."""
     order = np.argsort(blocks, kind="stable")
     ordered = blocks[order]
     bounds = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1, append=ordered[-1] + 1))

@@ -21,7 +21,7 @@ def find(blocks: BlockManager, token_ids: np.ndarray, hashes: list[int] | None =
 
 
 def take(blocks: BlockManager, seq_id: int, count: int) -> list[int]:
-    return blocks.allocate(seq_id, count).tolist()
+    return blocks.allocate(np.full(count, seq_id)).tolist()
 
 
 def hit(blocks: BlockManager, seq_id: int, table: list[int]) -> None:
@@ -55,7 +55,7 @@ def fill(blocks: BlockManager, seq_id: int, token_ids: np.ndarray) -> list[int]:
     size = blocks.block_size
     hashes: list[int] = []
     blocks.extend_hashes(hashes, token_ids[: len(token_ids) // size * size].tobytes())
-    table = blocks.allocate(seq_id, len(hashes))
+    table = blocks.allocate(np.full(len(hashes), seq_id))
     blocks.publish(
         runs_of((seq_id, ROOT, len(hashes))), table, hashes, token_ids[: len(hashes) * size].reshape(-1, size)
     )
@@ -188,7 +188,7 @@ def test_equal_blocks_that_are_published_in_one_call_are_published_once() -> Non
     first, second = prompt(1, 2, 3, 4), prompt(1, 2, 3, 4, 5, 6)
     hashes: list[int] = []
     blocks.extend_hashes(hashes, second.tobytes())
-    table = blocks.allocate(1, 2), blocks.allocate(2, 3)
+    table = blocks.allocate(np.full(2, 1)), blocks.allocate(np.full(3, 2))
 
     contents = blocks.publish(
         runs_of((1, ROOT, 2), (2, ROOT, 3)),
@@ -362,7 +362,7 @@ def test_shared_blocks_that_are_given_back_at_once_are_given_back_one_after_the_
         blocks.check_integrity([])
 
     assert list(at_once.events) == list(one_by_one.events)
-    assert at_once.allocate(9, 8).tolist() == one_by_one.allocate(9, 8).tolist(), "they are evicted in another order"
+    assert take(at_once, 9, 8) == take(one_by_one, 9, 8), "they are evicted in another order"
 
 
 @pytest.mark.parametrize("owners", [[1, 1], [1, 2]], ids=["of one sequence", "of two"])

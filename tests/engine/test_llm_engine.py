@@ -141,6 +141,16 @@ def test_a_prompt_sent_twice_gets_the_same_answer_at_every_edge_of_a_block(times
     assert (cold_output.num_cached_tokens, warm_output.num_cached_tokens) == (0, (len(prompt) - 1) // 4 * 4)
 
 
+def test_a_caller_may_use_its_array_of_token_ids_again() -> None:
+    engine, _ = build_engine()
+    ids = np.arange(12, dtype=np.int32)
+    for prompt in (list(range(12)), list(range(12)), list(range(20, 32))):
+        ids[:] = prompt
+        seq_id = engine.add(ids, ResolvedSampling(max_tokens=4), row=0)
+        ids[:] = 0
+        assert drain(engine)[seq_id].token_ids == reference(prompt, 4)
+
+
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("num_output_tokens", range(1, 10))
 def test_an_answer_can_be_reused_as_far_as_its_blocks_are_full(lookahead: int, num_output_tokens: int) -> None:
@@ -220,7 +230,7 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(lookahead: int) -> None:
 
 def test_a_scheduler_without_progress_is_an_error_that_says_so() -> None:
     engine, _ = build_engine(num_blocks=4)
-    engine.scheduler.blocks.allocate(99, 4)  # as if blocks had leaked
+    engine.scheduler.blocks.allocate(np.full(4, 99))  # as if blocks had leaked
     add(engine, [1, 2, 3])
 
     with pytest.raises(RuntimeError, match=r"no progress: .*0 sequences running, 1 waiting; 0 of 4 KV blocks free"):

@@ -275,7 +275,7 @@ def test_the_token_of_a_sequence_preempted_in_flight_is_kept() -> None:
 def test_sequences_about_to_end_are_waited_for_instead_of_preempting() -> None:
     steps = Steps(num_blocks=5, block_size=2, max_num_seqs=2)
     scheduler = steps.scheduler
-    steps.blocks.allocate(99, 1)  # somebody else's
+    steps.blocks.allocate(np.array([99]))  # somebody else's
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler_module, "GROWTH_STEPS", 0)
         steps.add([10, 11, 12], max_tokens=2)
