@@ -25,9 +25,8 @@ LEAST_FILL = 0.85
 
 LEAST_HEAD_ROWS, LEAST_VOCABULARY = 17, 8192
 """Of the LM head's product: below, there is too little to save."""
-HALF_EMPTY = (range(129, 161), range(257, 321), range(385, 449))
-"""Rows of the LM head's product whose third or fourth tile, of 64 tokens and then of 128, would be at least half empty:
-there cuBLAS is faster (NOTES.md; beyond 256 rows by interpolation)."""
+HALF_EMPTY = range(129, 161)
+"""Rows of the LM head's product whose third tile would be at least half empty: cuBLAS is faster."""
 
 
 def is_product_of_many(x: Tensor, weight: Tensor) -> bool:
@@ -42,9 +41,8 @@ def is_product_of_many(x: Tensor, weight: Tensor) -> bool:
 def is_lm_head(x: Tensor, weight: Tensor) -> bool:
     """Whether hopper_lm_head.py has the product of contiguous x [N, in] with a contiguous weight [V, in]."""
     vocab_size, depth = weight.shape
-    is_large = len(x) >= LEAST_HEAD_ROWS and vocab_size >= LEAST_VOCABULARY
-    is_full = not any(len(x) in rows for rows in HALF_EMPTY)
-    return is_large and is_full and depth % PANEL == 0 and weight.is_contiguous() and x.is_contiguous() and _runs(x)
+    is_large = len(x) >= LEAST_HEAD_ROWS and len(x) not in HALF_EMPTY and vocab_size >= LEAST_VOCABULARY
+    return is_large and depth % PANEL == 0 and weight.is_contiguous() and x.is_contiguous() and _runs(x)
 
 
 def takes_heads(head_size: int) -> bool:

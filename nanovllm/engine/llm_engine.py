@@ -149,7 +149,7 @@ class LLMEngine:
         self.scheduler.add(seq)
         if self.recorders:
             event = ArrivalEvent(
-                seq_id=seq.seq_id, row=row, sample=sample, time_ns=seq.arrived_ns, prompt_token_ids=token_ids
+                seq_id=seq.seq_id, row=row, sample=sample, time_ns=seq.arrived_ns, prompt_token_ids=seq.token_ids
             )
             for recorder in self.recorders:
                 recorder.on_arrival(event)

@@ -58,12 +58,9 @@ def _best(
 
 
 def _split(blocks: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows, at least one, by equal block, of those that have one, where enough have the same."""
+    """Rows by equal block, of those that have one, where enough have the same."""
     order = np.argsort(blocks, kind="stable")
     ordered = blocks[order]
-    bounds = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1, append=ordered[-1] + 1))
-    is_group = (np.diff(bounds) >= MIN_MEMBERS) & (ordered[bounds[:-1]] >= 0)
-    return [
-        rows[order[start:end]]
-        for start, end in zip(bounds[:-1][is_group].tolist(), bounds[1:][is_group].tolist(), strict=True)
-    ]
+    bounds = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    groups = np.split(order, bounds)
+    return [rows[group] for group in groups if len(group) >= MIN_MEMBERS and blocks[group[0]] >= 0]
