@@ -56,10 +56,20 @@ class BlockManager:
     Every change is recorded in the order in which it happens; the owner drains the events.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, hash_bits: int = 64) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        longest_prefix: int | None = None,
+        hash_bits: int = 64,
+    ) -> None:
+        """`longest_prefix`: only so many blocks of a sequence are looked up and offered for reuse; None: all."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.longest_prefix = longest_prefix
         self._log = BlockEventLog()
         self._hash_mask = (1 << hash_bits) - 1
         self._empty = EmptyBlocks(num_blocks)
@@ -70,6 +80,8 @@ class BlockManager:
         self._parents = np.full(num_blocks, ROOT, np.int64)
         self._tokens = np.zeros((num_blocks, block_size), np.int32)
         self._index: dict[tuple[int, int], int] = {}
+        self.num_taken = 0
+        """Blocks that have been taken since the beginning, given back or not; a hit takes none."""
         self._last_content = ROOT
         self._num_evictions = 0
         self._last_lookup = _Lookup(np.empty(0, np.int32), [], _NO_BLOCKS, 0)
@@ -139,6 +151,8 @@ class BlockManager:
         """
         if not self.prefix_caching:
             return _NO_BLOCKS
+        if self.longest_prefix is not None:
+            num_blocks = min(num_blocks, self.longest_prefix)
         last, size = self._last_lookup, self.block_size
         num_common = min(_num_common(last.token_ids, token_ids) // size, num_blocks)
         if len(hashes) < num_blocks:
@@ -204,6 +218,7 @@ class BlockManager:
         """Take a block for each of `seq_ids`, which may repeat; the caller has checked that so many are free."""
         count = len(seq_ids)
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
+        self.num_taken += count
         num_empty = min(count, len(self._empty))
         blocks = self._empty.take(num_empty)
         self._ref_counts[blocks] = 1
@@ -310,8 +325,12 @@ class BlockManager:
         if np.count_nonzero(counts < 0):
             raise _freed_too_often(int(blocks[counts.argmin()]))
         free_before = self.num_free
-        freed, has_hash = counts == 0, self._contents[blocks] != ROOT
         self._ref_counts[blocks] = counts  # of a block that comes several times, the last one stays
+        if not self.prefix_caching:  # so none has another user
+            self._empty.put(blocks)
+            self._log.add(_FREE, blocks, owners, reason=reasons, ref_counts=counts)
+            return len(blocks)
+        freed, has_hash = counts == 0, self._contents[blocks] != ROOT
         self._empty.put(blocks[freed & ~has_hash])
         self._cached.put(blocks[freed & has_hash])
         self._log.add(

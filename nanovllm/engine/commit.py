@@ -154,4 +154,4 @@ class Committer:
             return
         self._waiting.remove(seq)
         del self._displaced[seq.seq_id]
-        ended.append(seq.end(reason, seq.token_ids[seq.num_prompt_tokens :]))
+        ended.append(Ended(seq, seq.output_ids(), reason))

@@ -105,6 +105,9 @@ class LLMEngine:
     def check(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
         """Raises PromptError for a prompt that can never be served, whatever else runs."""
         scheduler, blocks = self.scheduler, self._blocks
+        limit = scheduler.limit_of(num_prompt_tokens, max_tokens)
+        if 0 < num_prompt_tokens < limit <= scheduler.most_tokens:
+            return
         if num_prompt_tokens == 0:
             raise PromptError("empty_prompt", "the prompt is empty; at least one token is needed")
         if num_prompt_tokens >= scheduler.max_model_len:
@@ -113,15 +116,13 @@ class LLMEngine:
                 f"the prompt has {num_prompt_tokens} tokens; with engine.max_model_len={scheduler.max_model_len} "
                 f"at most {scheduler.max_model_len - 1} leave room for an output token",
             )
-        limit = scheduler.limit_of(num_prompt_tokens, max_tokens)
-        need = scheduler.blocks_for(max(limit, num_prompt_tokens + 1))
-        if need > blocks.num_blocks:
-            raise PromptError(
-                "exceeds_kv_cache",
-                f"prompt and output need {need} KV blocks of {blocks.block_size} tokens for "
-                f"{max(limit, num_prompt_tokens + 1)} tokens, but the cache has {blocks.num_blocks}; "
-                "raise kv.num_blocks or kv.memory_fraction, or lower max_tokens",
-            )
+        limit = max(limit, num_prompt_tokens + 1)
+        raise PromptError(
+            "exceeds_kv_cache",
+            f"prompt and output need {scheduler.blocks_for(limit)} KV blocks of {blocks.block_size} tokens for "
+            f"{limit} tokens, but the cache has {blocks.num_blocks}; "
+            "raise kv.num_blocks or kv.memory_fraction, or lower max_tokens",
+        )
 
     def add(
         self,
@@ -316,6 +317,15 @@ class LLMEngine:
             )
             for recorder in self.recorders:
                 recorder.on_request(event)
-        origin = (seq.seq_id, seq.row, seq.sample, seq.request_id)
-        answer = (ended.token_ids.tolist(), finish_reason, seq.sampling.stop)
-        return SequenceOutput(*origin, *answer, seq.num_prompt_tokens, seq.num_cached_tokens, seq.num_preemptions)
+        return SequenceOutput(
+            seq.seq_id,
+            seq.row,
+            seq.sample,
+            seq.request_id,
+            ended.token_ids,
+            finish_reason,
+            seq.sampling.stop,
+            seq.num_prompt_tokens,
+            seq.num_cached_tokens,
+            seq.num_preemptions,
+        )

@@ -21,6 +21,15 @@ class TableEntries(NamedTuple):
     blocks: np.ndarray
 
 
+class _Sharers(NamedTuple):
+    """Those placed, one after the other, that begin with the same cached blocks."""
+
+    hits: np.ndarray
+    content: int
+    """Of the last of the blocks."""
+    slots: list[int]
+
+
 class _Placed(NamedTuple):
     """Sequences that have a slot but do not stand in the arrays yet: int64 [sequences], booleans as 0 and 1."""
 
@@ -89,8 +98,8 @@ class Running:
         self._parent = per_slot(np.int64, ROOT)  # content number of the last published block, or CUT
         self._hashes: list[list[int]] = [[]] * max_num_seqs  # the sequences' prefix_hashes
 
-        self._placed: list[tuple[int, ...]] = []  # fields of _Placed
-        self._placed_hits: list[tuple[np.ndarray, list[int]]] = []  # and the slots that they are for
+        self._placed: list[int] = []  # fields of _Placed, one sequence after the other
+        self._sharers: list[_Sharers] = []
         self._new_entries: list[TableEntries] = []  # for the next plan
 
     def sequence_in(self, slot: int) -> Sequence:
@@ -104,38 +113,43 @@ class Running:
 
     # Taking a slot
 
+    def num_unused(self, hits: np.ndarray) -> int:
+        """How many of these cached blocks nobody uses: placing them takes so many."""
+        if self._sharers and self._sharers[-1].hits is hits:
+            return 0
+        return self._blocks.num_unused(hits)
+
     def place(self, seq: Sequence, hits: np.ndarray, now_ns: int) -> int:
         """Give a waiting sequence a slot, which is returned, and the cached blocks `hits` to begin its table with.
 
         `settle` must follow, and does what can be done for many at once.
         """
-        token_ids, num_cached = seq.token_ids, len(hits) * self._blocks.block_size
-        if seq.first_scheduled_ns is None:
-            seq.first_scheduled_ns = now_ns
-            seq.num_cached_tokens = num_cached
+        token_ids, num_cached, parent = seq.token_ids, 0, ROOT
         slot = self.free_slots.pop()
         self.sequences[slot] = seq
         self._hashes[slot] = seq.prefix_hashes
         self.tokens[slot, : len(token_ids)] = token_ids
-        parent = ROOT
         if len(hits):
-            parent = self._blocks.content_of(hits[-1])
-            if self._placed_hits and self._placed_hits[-1][0] is hits:
-                self._placed_hits[-1][1].append(slot)  # so they are in use already
-            else:
+            num_cached = len(hits) * self._blocks.block_size
+            if not self._sharers or self._sharers[-1].hits is not hits:
                 self._blocks.hit(seq.seq_id, hits)
-                self._placed_hits.append((hits, [slot]))
-        has_own_stops = bool(seq.stop_token_ids) or seq.stop_check is not None
+                self._sharers.append(_Sharers(hits, self._blocks.content_of(hits[-1]), []))
+            self._sharers[-1].slots.append(slot)
+            parent = self._sharers[-1].content
+        if seq.first_scheduled_ns is None:
+            seq.first_scheduled_ns = now_ns
+            seq.num_cached_tokens = num_cached
+        has_own_stops = seq.stop_check is not None or bool(seq.stop_token_ids)
         stops_at_eos, has_first_token = not seq.sampling.ignore_eos, seq.first_token_ns is not None
         numbers = (slot, seq.seq_id, len(token_ids), num_cached, seq.limit, parent)
-        self._placed.append((*numbers, stops_at_eos, has_own_stops, has_first_token))
+        self._placed += (*numbers, stops_at_eos, has_own_stops, has_first_token)
         return slot
 
     def settle(self) -> None:
         """Enter what has been placed since the last call, and take blocks for all of its tokens."""
         if not self._placed:
             return
-        placed = _Placed(*np.array(self._placed, np.int64).T)
+        placed = _Placed(*np.array(self._placed, np.int64).reshape(-1, len(_Placed._fields)).T)
         self._placed.clear()
         slots, num_cached = placed.slot, placed.num_cached
         self.order = np.concatenate((self.order, slots))
@@ -150,9 +164,9 @@ class Running:
         self.has_first_token[slots] = placed.has_first_token
         self._published[slots] = num_cached // self._blocks.block_size
         self._parent[slots] = placed.parent
-        for hits, sharers in self._placed_hits:
-            self._enter_hits(hits, np.array(sharers, np.intp))
-        self._placed_hits.clear()
+        for sharers in self._sharers:
+            self._enter_hits(sharers.hits, np.array(sharers.slots, np.intp))
+        self._sharers.clear()
         self.grow(slots, -(-(placed.num_tokens - num_cached) // self._blocks.block_size))
 
     def _enter_hits(self, hits: np.ndarray, slots: np.ndarray) -> None:
@@ -218,7 +232,7 @@ class Running:
         self.committed[slots] = committed + num_steps
         self.length[slots] += num_steps
         known = np.minimum(computed, committed - 1)  # a step is scheduled before the one before it is committed
-        full = (known + num_steps) // size
+        full = self._num_full(known + num_steps)
         full_in = full * size - known - 1
         if self._blocks.prefix_caching:
             due = np.flatnonzero(full > self._published[slots])
@@ -234,14 +248,19 @@ class Running:
         """
         if not self._blocks.prefix_caching:
             return
-        full = self._num_full(slots)
+        full = self._num_full(self._known(slots))
         due = (full > self._published[slots]).nonzero()[0]
         if len(due):
             self._publish(slots[due], full[due])
 
-    def _num_full(self, slots: np.ndarray) -> np.ndarray:
-        """Blocks of each slot whose tokens are known and have their KV once the submitted steps have run."""
-        return np.minimum(self.computed[slots], self.committed[slots]) // self._blocks.block_size
+    def _known(self, slots: np.ndarray) -> np.ndarray:
+        """Each slot's tokens that are known and have their KV once the submitted steps have run."""
+        return np.minimum(self.computed[slots], self.committed[slots])
+
+    def _num_full(self, num_known: np.ndarray) -> np.ndarray:
+        """Blocks that so many tokens fill and that may be offered for reuse."""
+        full, longest = num_known // self._blocks.block_size, self._blocks.longest_prefix
+        return full if longest is None else np.minimum(full, longest)
 
     def _publish(self, slots: np.ndarray, full: np.ndarray) -> None:
         """Offer the slots' first `full` [slots] blocks for reuse, as far as that has not been done."""
@@ -286,7 +305,7 @@ class Running:
         ended: list[Ended] = []
         for slot, length, reason in zip(slots.tolist(), self.committed[slots].tolist(), reasons, strict=True):
             seq = self.sequence_in(slot)
-            ended.append(seq.end(reason, self.tokens[slot, seq.num_prompt_tokens : length].copy()))
+            ended.append(Ended(seq, self.tokens[slot, seq.num_prompt_tokens : length].tolist(), reason))
         return ended
 
     def release_ended(self, slots: np.ndarray) -> None:
@@ -317,8 +336,10 @@ class Running:
 
     def _free_blocks(self, slots: np.ndarray, reasons: np.ndarray) -> int:
         """What a sequence has not published yet is published just before its blocks are freed."""
-        full = self._num_full(slots)
-        due = (full > self._published[slots]).nonzero()[0].tolist() if self._blocks.prefix_caching else []
+        if not self._blocks.prefix_caching:
+            return self._free_tables(slots, reasons)
+        full = self._num_full(self._known(slots))
+        due = (full > self._published[slots]).nonzero()[0].tolist()
         freed, first = 0, 0
         for end in [*due, len(slots)]:
             if first < end:

@@ -56,6 +56,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.most_tokens = blocks.num_blocks * blocks.block_size + 1
+        """Of a sequence that has all blocks; the last token's KV is never needed."""
         self.waiting: deque[Sequence] = deque()
         self.running = Running(blocks, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._displaced: dict[int, Sequence] = {}  # preempted with steps under way
@@ -79,9 +81,7 @@ class Scheduler:
     def limit_of(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """Most tokens, prompt included, that such a sequence may reach."""
         most = self.max_model_len
-        if max_tokens is None:
-            return min(most, self.blocks.num_blocks * self.blocks.block_size + 1)
-        return min(most, num_prompt_tokens + max_tokens)
+        return min(most, self.most_tokens if max_tokens is None else num_prompt_tokens + max_tokens)
 
     def blocks_for(self, limit: int) -> int:
         """KV blocks of a sequence that ends at `limit` tokens; the last token's KV is never needed."""
@@ -117,7 +117,7 @@ class Scheduler:
         """Queue a sequence; the caller has checked that it can ever fit."""
         limit = seq.limit = self.limit_of(seq.num_prompt_tokens, seq.sampling.max_tokens)
         assert 0 < seq.num_prompt_tokens < limit, f"seq_id={seq.seq_id} has no room for an output token"
-        assert self.blocks_for(limit) <= self.blocks.num_blocks, f"seq_id={seq.seq_id} can never fit"
+        assert limit <= self.most_tokens, f"seq_id={seq.seq_id} can never fit"
         self.waiting.append(seq)
 
     def abort(self, seq_id: int) -> Ended | None:
@@ -126,7 +126,7 @@ class Scheduler:
             if seq.seq_id == seq_id:
                 self.waiting.remove(seq)
                 self._displaced.pop(seq_id, None)
-                return seq.end("abort", seq.token_ids[seq.num_prompt_tokens :])
+                return Ended(seq, seq.output_ids(), "abort")
         slots = np.flatnonzero((self.running.seq_ids == seq_id) & ~self.running.ended)
         if not len(slots):
             return None
@@ -240,24 +240,27 @@ class Scheduler:
     ) -> None:
         """Give slots and blocks to waiting sequences, first come first served, while all of these last."""
         running, blocks, waiting, block_size = self.running, self.blocks, self.waiting, self.blocks.block_size
+        find_prefix, place = blocks.find_prefix, running.place
         num_free, num_wanted, now_running = blocks.num_free, 0, len(running.order)
         while waiting and budget > 0 and running.free_slots:
             seq = waiting[0]
             if seq.num_in_flight:
                 break
-            num_tokens = len(seq.token_ids)
+            token_ids = seq.token_ids
+            num_tokens = len(token_ids)
             # At least the last token is always computed.
-            hits = blocks.find_prefix(seq.token_ids, seq.prefix_hashes, (num_tokens - 1) // block_size)
-            num_cached = len(hits) * block_size
-            num_wanted += -(-num_tokens // block_size) - len(hits) + blocks.num_unused(hits)
+            hits = find_prefix(token_ids, seq.prefix_hashes, (num_tokens - 1) // block_size)
+            num_hits = len(hits)
+            num_wanted += -(-num_tokens // block_size) - num_hits + (running.num_unused(hits) if num_hits else 0)
             reserve = -(-now_running * GROWTH_STEPS // block_size)
             if num_wanted + reserve > num_free:
                 break
             waiting.popleft()
             if seq.num_preemptions:
                 self._displaced.pop(seq.seq_id, None)
-            slot = running.place(seq, hits, now_ns)
+            slot = place(seq, hits, now_ns)
             now_running += 1
+            num_cached = num_hits * block_size
             count = min(num_tokens - num_cached, budget)
             budget -= count
             prefills.append((slot, count))

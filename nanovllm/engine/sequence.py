@@ -78,15 +78,16 @@ class Sequence:
             return True
         return self.stop_check is not None and self.stop_check(token_id)
 
-    def end(self, reason: str, output_ids: np.ndarray) -> "Ended":
-        return Ended(sequence=self, token_ids=output_ids, reason=reason)
+    def output_ids(self) -> list[int]:
+        """What has been sampled so far, of a sequence that waits."""
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
 
 class Ended(NamedTuple):
     """A sequence that has just ended, with all its output."""
 
     sequence: Sequence
-    token_ids: np.ndarray
+    token_ids: list[int]
     reason: str
     """eos, stop, max_tokens, abort or error"""
 

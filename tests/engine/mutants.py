@@ -110,7 +110,7 @@ MUTANTS = (
     # Publishing
     mutant(
         "a chunked prompt is published before all of it is computed",
-        ("_num_full", "self.computed[slots], self.committed[slots]", "self.committed[slots]"
+        ("_known", "self.computed[slots], self.committed[slots]", "self.committed[slots]"
          ", self.committed[slots]"),
     ),
     mutant(
@@ -120,7 +120,7 @@ MUTANTS = (
     ),
     mutant(
         "a block is published before its last token is known",
-        ("_num_full", "self.computed[slots], self.committed[slots]", "self.computed[slots]"
+        ("_known", "self.computed[slots], self.committed[slots]", "self.computed[slots]"
          ", self.computed[slots]"),
     ),
     # Tables
@@ -142,7 +142,7 @@ MUTANTS = (
     ),
     mutant(
         "blocks that a hit takes out of the free ones are not counted at admission",
-        ("_admit", " + blocks.num_unused(hits)", ""),
+        ("_admit", " + (running.num_unused(hits) if num_hits else 0)", ""),
     ),
     mutant(
         "blocks that earlier admissions of the step are to get are not counted at admission",
@@ -153,10 +153,10 @@ MUTANTS = (
         ("place", "self._blocks.hit(seq.seq_id, hits)", "pass"),
         ("_enter_hits", "if len(slots) > 1:\n            self._blocks.hit(self.seq_ids[slots[1:]], hits)",
          "self._blocks.hit(self.seq_ids[slots], hits)"),
-        ("settle", "for hits, sharers in self._placed_hits:",
+        ("settle", "for sharers in self._sharers:",
          "self.grow(slots, -(-(placed.num_tokens - num_cached) // self._blocks.block_size)); slots = slots[:0]; "
          "placed = _Placed(*(column[:0] for column in placed)); num_cached = num_cached[:0]\n"
-         "        for hits, sharers in self._placed_hits:"),
+         "        for sharers in self._sharers:"),
     ),
     mutant(
         "of those who hit the same blocks in a step only the first counts",

@@ -215,7 +215,7 @@ def test_the_last_token_ends_a_sequence_and_frees_its_blocks() -> None:
 
     (ended,) = steps.commit(steps.schedule(), token=5).ended
 
-    assert (ended.token_ids.tolist(), ended.reason) == ([1, 5], "max_tokens")
+    assert (ended.token_ids, ended.reason) == ([1, 5], "max_tokens")
     assert steps.blocks.num_used == 0
     assert not steps.scheduler.has_unfinished()
 
@@ -247,7 +247,7 @@ def test_a_token_behind_the_end_is_dropped_and_the_blocks_are_freed_with_it() ->
     first, second = steps.schedule(), steps.schedule()
 
     ended = steps.commit(first, token=7)
-    assert ([e.token_ids.tolist() for e in ended.ended], ended.dropped_seq_ids) == ([[7]], ())
+    assert ([e.token_ids for e in ended.ended], ended.dropped_seq_ids) == ([[7]], ())
     assert steps.blocks.num_used == 1, "the second step still writes there"
 
     dropped = steps.commit(second, token=9)
