@@ -83,10 +83,9 @@ class CostModelRunner:
     # The sequences
 
     def expect(self, seq_id: int, index: int) -> None:
-        """The engine's new sequence is the recorded row at `index`."""
-        if seq_id != index:  # rows before it have been refused
-            self._bases[seq_id] = self._output_starts[index] - self._rows.num_prompt_tokens[index]
-            self._lasts[seq_id] = self._output_ends[index]
+        """The engine's new sequence is the recorded row at `index`, and not the one at `seq_id`."""
+        self._bases[seq_id] = self._output_starts[index] - self._rows.num_prompt_tokens[index]
+        self._lasts[seq_id] = self._output_ends[index]
 
     # What a Runner does
 

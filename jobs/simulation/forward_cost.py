@@ -96,27 +96,37 @@ class ForwardFeatures:
         """How much of what few tokens wait for shows in a step: nothing once the matrix units never wait."""
         if not self.knee:
             return 1.0
-        return np.clip(2 - tokens / (4 * self.knee), 0, 1)
+        return _most(_least(2 - tokens / (4 * self.knee), 1), 0)
 
     def columns(self, sizes: StepSizes, padding: Padding, shared: SharedReads, in_halves: Any) -> tuple[Any, ...]:
         """FEATURES of one step, or of steps whose sizes are arrays."""
         tokens, logits_rows = padding.padded(sizes)
-        products = self.body * np.maximum(tokens - self.knee, 0) + self.head * np.maximum(logits_rows - self.knee, 0)
+        products = self.body * _most(tokens - self.knee, 0) + self.head * _most(logits_rows - self.knee, 0)
         prefills = sizes.num_decodes < sizes.num_rows
         pairs = apart = sizes.prefill_pairs + shared.pairs
         if self.knee:  # a GPU's matrix units multiply for attention as for the rest
-            logits_rows, apart = np.minimum(logits_rows, self.knee), shared.pairs
+            logits_rows, apart = _least(logits_rows, self.knee), shared.pairs
             pairs = sizes.prefill_pairs + PREFIX_PAIR * shared.pairs
         few = self._latency_share(tokens)
         return (
             1.0,
-            np.logical_not(in_halves),
+            1 - in_halves,
             prefills,
             few * (tokens > FEW_TOKENS),
-            few * np.minimum(tokens, FEW_TOKENS),
-            few * np.minimum(tokens, 64),
+            few * _least(tokens, FEW_TOKENS),
+            few * _least(tokens, 64),
             logits_rows,
             products + self.pair * pairs,
             sizes.decode_context - shared.saved,
             apart,
         )
+
+
+def _least(value: Any, bound: int) -> Any:
+    """numpy's minimum, of one number in a twentieth of its time."""
+    return np.minimum(value, bound) if isinstance(value, np.ndarray) else min(value, bound)
+
+
+def _most(value: Any, bound: int) -> Any:
+    """As _least, of the maximum."""
+    return np.maximum(value, bound) if isinstance(value, np.ndarray) else max(value, bound)

@@ -1,6 +1,7 @@
 """The rows of a run as a simulation asks for them: prompts that share what the recorded ones shared, and outputs."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,12 @@ class RecordedRows:
     def __len__(self) -> int:
         return len(self.row)
 
-    def share_blocks(self, block_size: int) -> bool:
-        """Whether some prompt begins with a whole block of another one's."""
-        most_shared = max((shared.num_tokens for shared in self._shared), default=0)
-        return most_shared >= block_size or bool(self.sample.any())
+    @cached_property
+    def longest_shared(self) -> int:
+        """The most tokens that a prompt begins with as an earlier one does."""
+        if self.sample.any():
+            return int(self.num_prompt_tokens.max())
+        return max((shared.num_tokens for shared in self._shared), default=0)
 
     def prompt(self, index: int) -> np.ndarray:
         """int32 token ids; asked for in order, by one simulation after the other."""

@@ -102,9 +102,11 @@ class Padding:
             captures_late=run.captures_late,
         )
 
-    def in_halves(self, sizes: StepSizes, saved: Any) -> np.ndarray:
+    def in_halves(self, sizes: StepSizes, saved: Any) -> Any:
         """Whether steps run in halves; `saved` are the tokens that shared prefixes save each of them."""
         decodes = sizes.num_decodes == sizes.num_rows
+        if isinstance(decodes, bool):
+            return decodes and not saved and sizes.decode_context >= self.halves_from.item(sizes.num_rows)
         rows = np.where(decodes, sizes.num_rows, 0)
         return decodes & (np.asarray(saved) == 0) & (sizes.decode_context >= self.halves_from[rows])
 

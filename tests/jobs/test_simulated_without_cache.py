@@ -1,7 +1,8 @@
-"""A simulation that leaves out a cache in which nothing can be found comes to what it comes to with the cache."""
+"""A simulation that caches only what rows can find of one another comes to what it comes to with the whole cache."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +25,12 @@ MORE = {
     "equal beginnings of less than a block, with preemptions": World(
         rows=alike(60, 15), settings=_TIGHT, equal_outputs=True
     ),
+    "equal beginnings of some blocks, in a cache that holds all": World(
+        rows=alike(60, 33), settings=replace(SMALL, num_blocks=2000), equal_outputs=True
+    ),
     "several samples of a row": World(rows=[Row(num_prompt_tokens=40, num_output_tokens=20)] * 12),
 }
 ALL = WORLDS | MORE
-RUN = simulator._Simulation.run
 
 
 def outcome_of(world: World, directory: Path, ledger: BlockLedger | None) -> Outcome:
@@ -45,13 +48,13 @@ def counts(outcome: Outcome) -> list[object]:
     ]  # fmt: skip
 
 
-def caches_used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each block manager that is made from now on keeps prefixes."""
-    made: list[bool] = []
+def caches_used(monkeypatch: pytest.MonkeyPatch) -> list[BlockManager]:
+    """The block managers that are made from now on."""
+    made: list[BlockManager] = []
 
-    def making(num_blocks: int, block_size: int, *, prefix_caching: bool) -> BlockManager:
-        made.append(prefix_caching)
-        return BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
+    def making(*sizes: int, **options: Any) -> BlockManager:
+        made.append(BlockManager(*sizes, **options))
+        return made[-1]
 
     monkeypatch.setattr(simulator, "BlockManager", making)
     return made
@@ -69,13 +72,18 @@ def test_it_comes_to_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert counts(found) == counts(with_cache)
     times = [np.array([each.seconds, *each.latencies_s]) for each in (found, with_cache)]
     np.testing.assert_allclose(*times, rtol=0, atol=2e-9)  # a clock of nanoseconds
-    longest_shared = max(row.shared_prefix_tokens for row in world.rows)
+    block_size, num_blocks = world.settings.block_size, world.settings.num_blocks
+    longest = max(row.shared_prefix_tokens for row in world.rows) // block_size
     if not world.settings.prefix_caching:
-        assert made == [False]
-    elif longest_shared >= world.settings.block_size:
-        assert made == [True]
+        assert [blocks.prefix_caching for blocks in made] == [False]
     else:
-        assert made == ([False, True] if with_cache.num_preemptions else [False])
+        assert [blocks.longest_prefix for blocks in made] in ([longest], [longest, None])
+        assert made[0].prefix_caching == (longest > 0)
+        may_evict = longest > 0 and made[0].num_taken > num_blocks
+        assert len(made) == 1 + (with_cache.num_preemptions > 0 or may_evict)
+    if "holds all" in name:
+        assert len(made) == 1
+        assert made[0].num_cached < made[0].num_taken / 4
     if "preemptions" in name:
         assert with_cache.num_preemptions > 3
     if name in MORE and "less than" not in name and "samples" not in name:
@@ -85,18 +93,22 @@ def test_it_comes_to_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_samples_of_a_row_share_its_prompt(tmp_path: Path) -> None:
     write_run(tmp_path / "run", WORLDS["no prefix caching"].rows, COSTS, SMALL)
     recorded = RecordedRows(RecordedRun("run", tmp_path / "run"))
-    assert not recorded.share_blocks(16)
+    assert recorded.longest_shared == 0
+    recorded = RecordedRows(RecordedRun("run", tmp_path / "run"))
     recorded.sample[3] = 1
-    assert recorded.share_blocks(16)
+    assert recorded.longest_shared == recorded.num_prompt_tokens.max()
 
 
-@pytest.mark.parametrize("name", ["equal prompts", "equal beginnings of just a block"])
+@pytest.mark.parametrize(
+    "name",
+    ["equal prompts", "equal beginnings of just a block", "equal beginnings of some blocks, in a cache that holds all"],
+)
 def test_rows_that_share_blocks_need_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     world = ALL[name]
     write_run(tmp_path / "run", world.rows, COSTS, world.settings)
     with_cache = outcome_of(world, tmp_path / "run", BlockLedger())
-    monkeypatch.setattr(RecordedRows, "share_blocks", lambda *_: False)
+    monkeypatch.setattr(RecordedRows, "longest_shared", 15)
     assert counts(outcome_of(world, tmp_path / "run", None)) != counts(with_cache)
 
 
@@ -105,7 +117,7 @@ def test_a_preempted_row_needs_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     world = MORE["equal beginnings of less than a block, with preemptions"]
     write_run(tmp_path / "run", world.rows, COSTS, world.settings)
     with_cache = outcome_of(world, tmp_path / "run", BlockLedger())
-    monkeypatch.setattr(simulator._Simulation, "run", lambda self, until_preemption=False, run=RUN: run(self))
+    monkeypatch.setattr(simulator._Simulation, "_cache_may_matter", lambda self: False)
     without = outcome_of(world, tmp_path / "run", None)
     assert without.num_preemptions > 3
     assert without.seconds != pytest.approx(with_cache.seconds, abs=2e-9)
