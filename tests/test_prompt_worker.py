@@ -262,7 +262,8 @@ def test_a_bomb_is_one_bad_row_within_5_s_and_64_mib(name: str, tmp_path: Path, 
     children_s = children_cpu_s()
     largest, began = peak_bytes(), time.monotonic()
     results = as_lists(worker.token_ids(chats))
-    assert results == [tokenizer.encode("before"), code, tokenizer.encode("after")]
+    assert results[::2] == [tokenizer.encode("before"), tokenizer.encode("after")]
+    assert results[1] in (code, "prompt_too_slow"), "on a slow machine the time is up before the memory is"
     assert peak_bytes() - largest < 64 * 2**20
     wall_s = time.monotonic() - began
     worker.close()

@@ -93,7 +93,9 @@ class Simulated:
             recorded.output_tokens[made_up] = 5
         self.ledger = BlockLedger()
         recorders = [] if leaps else [Recorder()]
-        simulation = simulator._Simulation(run, recorded, COSTS, world.settings, self.ledger, recorders)
+        simulation = simulator._Simulation(
+            run, recorded, COSTS, world.settings, ledger=self.ledger, recorders=recorders
+        )
         simulation.run()
         self.outcome = simulation.outcome
         self.blocks = simulation._engine.scheduler.blocks
