@@ -12,11 +12,15 @@ POLL_S = 0.1
 MAX_WEIGHT = 64 * 1024**2
 """Of the rows that wait to be taken, as `weight` counts it: few rows of the largest size, however many may wait."""
 
+TAKEN_AT_ONCE = 1 / 8
+"""Of the capacity: so many rows leave the queue together. One by one, a loop that takes many rows in a row waits for
+the lock, and for the interpreter, each time (128 rows of 512 tokens: 13 to 19 ms instead of 2 while a feed fills)."""
+
 RowT = TypeVar("RowT")
 
 
 class RowFeed(Generic[RowT]):
-    """The rows of a source in its order, at most `capacity` of them got ready ahead.
+    """The rows of a source in its order, at most `capacity` of them got ready ahead, and an eighth taken at once.
 
     What the source raises is raised by `take`, in its place among the rows. The thread does not keep the process
     alive: a pipe that never ends cannot either. Feeds may follow one another: the source of the second takes from the
@@ -29,6 +33,7 @@ class RowFeed(Generic[RowT]):
         self._weight_of = weight
         self._ready: deque[tuple[RowT, int]] = deque()
         self._weight = 0
+        self._taken: deque[RowT] = deque()  # out of `_ready` already, for `take` alone
         self._changed = threading.Condition()
         self._source_ended = False
         self._error: BaseException | None = None
@@ -56,6 +61,8 @@ class RowFeed(Generic[RowT]):
 
         `waiting` is called again and again while there is none.
         """
+        if self._taken:
+            return self._taken.popleft()
         with self._changed:
             while not self._ready:
                 if self._source_ended:
@@ -66,7 +73,8 @@ class RowFeed(Generic[RowT]):
                 stop.check()
                 waiting()
                 self._changed.wait(POLL_S)
-            return self._pop()
+            self._taken += self._pop(max(1, int(self._capacity * TAKEN_AT_ONCE)), MAX_WEIGHT * TAKEN_AT_ONCE)
+        return self._taken.popleft()
 
     def take_many(self, most: int) -> list[RowT]:
         """As many rows as are ready, at least one, at most `most`; none at the end. For another feed's thread."""
@@ -75,7 +83,7 @@ class RowFeed(Generic[RowT]):
                 self._changed.wait()
             if not self._ready:
                 self._end()
-            return [self._pop() for _ in range(min(most, len(self._ready)))]
+            return self._pop(most, MAX_WEIGHT)
 
     def close(self, patience_s: float = 0.0) -> None:
         """Takes nothing more from the source, and waits so long for the thread to be done with it.
@@ -85,14 +93,21 @@ class RowFeed(Generic[RowT]):
         with self._changed:
             self._closed = self._source_ended = True
             self._ready.clear()
+            self._taken.clear()
             self._changed.notify_all()
         self._thread.join(patience_s)
 
-    def _pop(self) -> RowT:
-        row, weight = self._ready.popleft()
-        self._weight -= weight
+    def _pop(self, most: int, most_weight: float) -> list[RowT]:
+        """One row that is ready, and more while they are few and light."""
+        rows: list[RowT] = []
+        popped = 0
+        while self._ready and len(rows) < most and (not rows or popped + self._ready[0][1] <= most_weight):
+            row, weight = self._ready.popleft()
+            rows.append(row)
+            popped += weight
+        self._weight -= popped
         self._changed.notify_all()
-        return row
+        return rows
 
     def _end(self) -> None:
         if self._error is not None:

@@ -1,6 +1,8 @@
 """What steps cost, fitted on the steps of a recorded run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,10 @@ POSTPROCESS = ("step", "row", "step with finished rows", "finished row")
 BETWEEN = ("step", "step with finished rows", "finished row", "new prompt token")
 ROW_IN_TOKENS = 256
 """What a new row costs the host beside its prompt, as so many tokens of it: a run takes in too few times to tell."""
+FEW_END = MappingProxyType({"finished row": 1.0})
+"""Doubted, with its weight: mostly one row ends with a step, so that a run hardly tells what a second one costs and not
+at all what a hundred do (in `nano` each seems to take 50 us to commit and 60 beside it; 120 that end together take 17
+and 35)."""
 GAP = ("step", "step with prefills")
 
 
@@ -119,12 +125,15 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
         gap=_fit_or_zero(GAP, _gap(StepSizes(*(np.asarray(values)[gaps.step] for values in sizes))), gaps.ms),
         schedule=schedule,
         prepare=prepare,
-        postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess),
+        postprocess=fit(
+            POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess, doubted=FEW_END
+        ),
         between=_fit_or_zero(
             BETWEEN,
             (1.0, between.num_finished > 0, between.num_finished, _intake(between.rows_in, between.tokens_in)),
             between.ms,
             between.rows_in > 0,
+            FEW_END,
         ),
         capture_ms=capture_ms,
         warm_up_ms=_warm_up(forward, warm_up)
@@ -158,10 +167,11 @@ def _fit_or_zero(
     features: tuple[object, ...],
     values: np.ndarray,
     never_outliers: np.ndarray | None = None,
+    doubted: Mapping[str, float] = MappingProxyType({}),
 ) -> Fit:
     """A run of one step has no gap between steps."""
     if len(values):
-        return fit(names, features, values, never_outliers=never_outliers)
+        return fit(names, features, values, doubted=doubted, never_outliers=never_outliers)
     nothing = np.zeros(0)
     return Fit(names=names, coefficients=np.zeros(len(names)), outliers=nothing > 0, residuals=nothing)
 

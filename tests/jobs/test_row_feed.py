@@ -151,3 +151,15 @@ def test_who_waits_is_called_meanwhile():
     feed = RowFeed(silent(), capacity=1)
     assert feed.take(True, StopRequest(), waiting) is not None
     assert len(calls) >= 3
+
+
+def test_what_is_taken_at_once_is_bounded_in_rows_and_in_memory():
+    for weight, most in ((0, 16 + 2 + 1), (MAX_WEIGHT // 16, 16 + 2 + 1), (MAX_WEIGHT // 2, 2 + 1 + 1)):
+        read = itertools.count()
+        feed = RowFeed((row for row in rows(100) if next(read) >= 0), capacity=16, weight=lambda row, w=weight: w)
+        feed.wait_for_first(StopRequest())
+        time.sleep(0.2)
+        assert feed.take(True, StopRequest()) is not None
+        time.sleep(0.2)
+        assert next(read) <= most, f"rows of {weight} bytes"
+        feed.close(5)
