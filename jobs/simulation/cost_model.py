@@ -103,7 +103,7 @@ class FittedCosts:
 def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     """`shared` is what shared prefixes changed in each recorded step."""
     sizes, times = recorded_sizes(run), HostTimes(run)
-    padding, features = Padding.of(run, run.settings), ForwardFeatures.of(run)
+    padding, features = Padding.of(run.facts, run.facts.settings), ForwardFeatures.of(run.facts)
     in_halves = recorded_halves(run, padding.in_halves(sizes, shared.saved))
     columns = features.columns(sizes, padding, shared, in_halves)
     settled = _settled(run, sizes, times)
@@ -125,9 +125,7 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
         gap=_fit_or_zero(GAP, _gap(StepSizes(*(np.asarray(values)[gaps.step] for values in sizes))), gaps.ms),
         schedule=schedule,
         prepare=prepare,
-        postprocess=fit(
-            POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess, doubted=FEW_END
-        ),
+        postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess, doubted=FEW_END),
         between=_fit_or_zero(
             BETWEEN,
             (1.0, between.num_finished > 0, between.num_finished, _intake(between.rows_in, between.tokens_in)),
@@ -179,7 +177,7 @@ def _fit_or_zero(
 def _settled(run: RecordedRun, sizes: StepSizes, times: HostTimes) -> np.ndarray:
     """bool [steps]: without those of a GPU's first moments, while its clock is not yet held down by the power it may
     draw; all where too few steps with prefills would be left, which show most of that."""
-    settled = ~np.logical_and(run.on_gpu, times.end < times.start[0] + SETTLING_MS)
+    settled = ~np.logical_and(run.facts.on_gpu, times.end < times.start[0] + SETTLING_MS)
     is_kept = np.count_nonzero((sizes.num_decodes < sizes.num_rows)[settled]) >= LEAST_PREFILLS
     return settled if is_kept else np.ones_like(settled)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.run_facts import RunFacts
 from jobs.simulation.step_sizes import Padding, StepSizes
 
 WHOLE = "whole step"
@@ -73,8 +73,8 @@ class ForwardFeatures:
     """TFLOP of a (query, key) pair in the attention of all layers."""
 
     @classmethod
-    def of(cls, run: RecordedRun) -> "ForwardFeatures":
-        return cls.of_model(run.engine.get("architecture"), on_gpu=run.on_gpu)
+    def of(cls, facts: RunFacts) -> "ForwardFeatures":
+        return cls.of_model(facts.engine.get("architecture"), on_gpu=facts.on_gpu)
 
     @classmethod
     def of_model(cls, c: Mapping[str, Any] | None, *, on_gpu: bool) -> "ForwardFeatures":

@@ -1,5 +1,6 @@
 """A recorded run, the costs fitted on it, and what it would have been otherwise."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,10 +9,12 @@ import numpy as np
 from jobs.simulation.block_ledger import BlockLedger, first_difference, recorded_columns
 from jobs.simulation.cost_model import FittedCosts, fit_costs
 from jobs.simulation.forward_cost import SharedReads
-from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.recorded_rows import RecordedRows, read_rows
 from jobs.simulation.recorded_run import PHASES_OUTSIDE, RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import Outcome, simulate
+from jobs.simulation.subject import Subject
+from jobs.simulation.workers import Workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +39,12 @@ class Predictor:
 
     def __init__(self, run: RecordedRun) -> None:
         self.run = run
-        self.rows = RecordedRows(run)
+        self.read_rows = read_rows(run)
+        self.rows = self.read_rows.rows
         self.costs = self._fit()
         self.ledger = BlockLedger()
         """Of the run itself, simulated with its own settings, as is `own`."""
-        self.own = simulate(run, self.rows, self.costs.model, run.settings, ledger=self.ledger)
+        self.own = simulate(run.facts, self.rows, self.costs.model, run.facts.settings, ledger=self.ledger)
         self.calibration = self._calibration()
         """Of the time of all steps: on average, what a run takes that the costs do not explain (stalls, mostly)."""
 
@@ -51,11 +55,18 @@ class Predictor:
 
     def predict(self, settings: Settings) -> Prediction:
         """This run's rows with other settings."""
-        return self._prediction(self.run, simulate(self.run, self.rows, self.costs.model, settings))
+        return self._prediction(self.run, simulate(self.run.facts, self.rows, self.costs.model, settings))
+
+    def predict_all(self, settings: Sequence[Settings], workers: Workers | None) -> list[Prediction]:
+        """This run's rows with each of these settings, side by side where there are workers."""
+        if workers is None:
+            return [self.predict(each) for each in settings]
+        subject = Subject(facts=self.run.facts, rows=self.rows, model=self.costs.model)
+        return [self._prediction(self.run, outcome) for outcome in workers.outcomes(subject, settings)]
 
     def predict_run(self, other: RecordedRun, rows: RecordedRows, ledger: BlockLedger) -> Prediction:
         """Another run's rows with its settings; `ledger` takes its block events."""
-        outcome = simulate(other, rows, self.costs.model, other.settings, ledger=ledger)
+        outcome = simulate(other.facts, rows, self.costs.model, other.facts.settings, ledger=ledger)
         return self._prediction(other, outcome)
 
     @cached_property
@@ -66,9 +77,9 @@ class Predictor:
     def _fit(self) -> FittedCosts:
         """What rows share in the cache no record says; a simulation of the run itself knows, where it follows it."""
         costs = fit_costs(self.run, SharedReads())
-        if not (self.run.reads_shared_prefixes_once and self.run.column("num_cached_tokens").any()):
+        if not (self.run.facts.reads_shared_prefixes_once and self.run.column("num_cached_tokens").any()):
             return costs
-        shared = simulate(self.run, self.rows, costs.model, self.run.settings).shared
+        shared = simulate(self.run.facts, self.rows, costs.model, self.run.facts.settings).shared
         if len(shared) != self.run.steps.num_rows:
             return costs
         return fit_costs(self.run, SharedReads(*(np.array(values) for values in zip(*shared, strict=True))))
@@ -83,7 +94,7 @@ class Predictor:
     def _prediction(self, run: RecordedRun, outcome: Outcome) -> Prediction:
         mine = self.run
         steps_s = self.calibration * outcome.seconds + self.costs.model.warm_up_ms / 1e3
-        recorded, predicted = mine.graph_sizes(mine.settings), run.graph_sizes(outcome.settings)
+        recorded, predicted = mine.facts.graph_sizes(mine.facts.settings), run.facts.graph_sizes(outcome.settings)
         num_graphs = predicted.most_decode_graphs / recorded.most_decode_graphs if recorded and predicted else 1.0
         outside_s = mine.seconds_of(*PHASES_OUTSIDE) + (num_graphs - 1.0) * mine.seconds_of("capture")
         return Prediction(

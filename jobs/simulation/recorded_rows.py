@@ -1,10 +1,11 @@
 """The rows of a run as a simulation asks for them: prompts that share what the recorded ones shared, and outputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from jobs.analysis.answers import read_tokens
 from jobs.simulation.recorded_run import RecordedRun
@@ -18,53 +19,43 @@ FIRST_OWN_TOKEN = 2**30
 FILLING = FIRST_OWN_TOKEN - 1
 KEPT_TOKENS = 2**24
 """Prompts of so many tokens in all are made up once for all configurations of a grid: 64 MiB."""
+NONE = -1
+
+_Marks = tuple[tuple[int, int], ...]
+"""Places in a prompt, in order, and the tokens there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SharedPrefix:
-    """Of a row's prompt with an earlier row's; `row` is -1 where there is none."""
-
-    row: int
-    num_tokens: int
-
-
+@dataclass(eq=False, kw_only=True)
 class RecordedRows:
-    """The rows that ended, in the order in which they came to the engine.
+    """The rows that ended, in the order in which they came to the engine; int64 arrays [rows].
 
     A prompt is made up so that it has exactly the recorded number of leading tokens in common with the row named in
-    `shared_prefix_row`, and by that with every other. Outputs are the recorded tokens where the run's generations have
-    them: rows with equal prompts may share them too. Without them a row shares its output with nobody.
+    `shared_row`, and by that with every other. Outputs are the recorded tokens where the run's generations have them:
+    rows with equal prompts may share them too. Without them a row shares its output with nobody.
     """
 
-    def __init__(self, run: RecordedRun) -> None:
-        table = run.requests.to_pydict()
-        keys = list(zip(table["row"], table["sample"], strict=True))
-        ended = [place for place, reason in enumerate(table["finish_reason"]) if reason != "aborted"]
-        last = {keys[place]: place for place in ended}  # of a row that was done again after a crash
-        chosen = [last[key] for key in sorted(last)]
-        if not chosen:
-            raise UsageError(f"{run.directory}: not one of its rows has ended; there is nothing to simulate")
-        self.num_left_out = len(set(keys)) - len(chosen)
-        """Rows that were given up: nobody knows how long they would have become."""
+    row: np.ndarray
+    sample: np.ndarray
+    num_prompt_tokens: np.ndarray
+    num_output_tokens: np.ndarray
+    arrived_ns: np.ndarray
+    """After the first one."""
+    max_tokens: np.ndarray
+    """What it had where it ended by length, otherwise the job's if that can be; NONE where the engine alone limits."""
+    shared_row: np.ndarray
+    """An earlier row whose prompt has leading tokens in common with this one's, or NONE."""
+    shared_tokens: np.ndarray
+    output_starts: np.ndarray
+    """Places in `output_tokens`."""
+    output_tokens: np.ndarray
+    """int32 [tokens of all outputs, and one more behind each]: the additional one is what the step samples that was
+    under way when the row ended, or the one that ended the row because its logits were not finite."""
 
-        def column(name: str, missing: int = 0) -> np.ndarray:
-            values = [table[name][place] for place in chosen]
-            return np.array([missing if value is None else value for value in values], np.int64)
-
-        self.row = column("row")
-        self.sample = column("sample")
-        self.num_prompt_tokens = column("num_prompt_tokens")
-        self.num_output_tokens = column("num_output_tokens")
-        self.arrived_ns = column("arrived_ns") - column("arrived_ns").min()
-        self.finish_reason = [table["finish_reason"][place] for place in chosen]
-        self.max_tokens = self._limits(run.manifest["config"].get("sampling", {}).get("max_tokens"))
-        shared = zip(column("shared_prefix_row", -1).tolist(), column("shared_prefix_tokens").tolist(), strict=True)
-        self._shared = [_SharedPrefix(*each) for each in shared]
-        self._prompts: dict[int, np.ndarray] = {}
-        self._kept: list[np.ndarray | None] = [None] * len(chosen)
-        self._keeps = int(self.num_prompt_tokens.sum()) <= KEPT_TOKENS
-        self._needed = self._needed_of_others()
-        self.output_starts, self.output_tokens, self.num_known_outputs = self._outputs(run.directory)
+    def __post_init__(self) -> None:
+        self._marks: dict[int, _Marks] = {}
+        shared, with_samples = self.shared_row[self.shared_tokens > 0], self.row[self.sample > 0]
+        self._is_needed = {*shared.tolist(), *with_samples.tolist()}  # by later rows
+        self._ends = np.cumsum(self.num_prompt_tokens).tolist()
 
     def __len__(self) -> int:
         return len(self.row)
@@ -72,75 +63,134 @@ class RecordedRows:
     @cached_property
     def longest_shared(self) -> int:
         """The most tokens that a prompt begins with as an earlier one does."""
-        if self.sample.any():
-            return int(self.num_prompt_tokens.max())
-        return max((shared.num_tokens for shared in self._shared), default=0)
+        shared = self.num_prompt_tokens if self.sample.any() else self.shared_tokens
+        return int(shared.max(initial=0))
 
     def prompt(self, index: int) -> np.ndarray:
-        """int32 token ids; asked for in order, by one simulation after the other."""
-        kept = self._kept[index]
-        if kept is not None:
-            return kept
-        row = int(self.row[index])
-        if row not in self._prompts or len(self._prompts[row]) < self.num_prompt_tokens[index]:
-            shared = self._shared[index]
-            self._prompts[row] = self._made_up(row, int(self.num_prompt_tokens[index]), shared)
-        prompt = self._prompts[row]
-        if row not in self._needed:
-            del self._prompts[row]
-        if self._keeps:
-            self._kept[index] = prompt
-        return prompt
-
-    def _made_up(self, row: int, length: int, shared: _SharedPrefix) -> np.ndarray:
+        """int32 token ids, which cannot be written to; asked for in order, by one simulation after the other."""
+        length = self.num_prompt_tokens.item(index)
+        if self._ends[-1] <= KEPT_TOKENS:
+            end = self._ends[index]
+            return self._all_prompts[end - length : end]
         prompt = np.full(length, FILLING, np.int32)
-        known = 0
-        if shared.num_tokens:
-            if shared.row not in self._prompts:  # a row that never ended
-                self._prompts[shared.row] = self._made_up(shared.row, self._needed[shared.row], _SharedPrefix(-1, 0))
-            known = shared.num_tokens
-            prompt[:known] = self._prompts[shared.row][:known]
-        if known < length:
-            prompt[known] = FIRST_OWN_TOKEN + row % (2**30 - 1)  # the first token that no earlier prompt has there
+        for place, token in self._marks_of(index):
+            prompt[place] = token
+        prompt.flags.writeable = False
         return prompt
 
-    def _needed_of_others(self) -> dict[int, int]:
-        """Rows that later ones share a prefix with, and how many tokens at most; a row of several samples too."""
-        needed: dict[int, int] = {}
-        for shared in self._shared:
-            if shared.num_tokens:
-                needed[shared.row] = max(needed.get(shared.row, 0), shared.num_tokens)
-        for row in self.row[self.sample > 0].tolist():
-            needed.setdefault(row, 0)
-        return needed
+    @cached_property
+    def _all_prompts(self) -> np.ndarray:
+        tokens = np.full(self._ends[-1], FILLING, np.int32)
+        starts = (np.array(self._ends) - self.num_prompt_tokens).tolist()
+        marks = [(start + place, token) for index, start in enumerate(starts) for place, token in self._marks_of(index)]
+        places, values = np.array(marks, np.int64).reshape(-1, 2).T
+        tokens[places] = values
+        tokens.flags.writeable = False
+        return tokens
 
-    def _limits(self, job_limit: int | None) -> list[int | None]:
-        """Each row's max_tokens: what it had where it ended by length, otherwise the job's, if that can be."""
-        lengths = self.num_output_tokens.tolist()
-        return [
-            max(length, 1) if reason == "length" else job_limit if job_limit and job_limit >= length else None
-            for length, reason in zip(lengths, self.finish_reason, strict=True)
-        ]
+    def _marks_of(self, index: int) -> "_Marks":
+        """Where a row's prompt is not FILLING: at the first token that it has for itself, and where those have theirs
+        whose prompts it begins with."""
+        row = self.row.item(index)
+        known = self._marks.get(row)
+        if known is not None:
+            return known
+        marks: _Marks = ()
+        num_shared = self.shared_tokens.item(index)
+        if num_shared:
+            shared_row = self.shared_row.item(index)
+            of_shared = self._marks.get(shared_row, ((0, _own_token(shared_row)),))
+            marks = tuple(mark for mark in of_shared if mark[0] < num_shared)
+        if num_shared < self.num_prompt_tokens[index]:
+            marks = (*marks, (num_shared, _own_token(row)))
+        if row in self._is_needed:
+            self._marks[row] = marks
+        return marks
 
-    def _outputs(self, directory: Path) -> tuple[np.ndarray, np.ndarray, int]:
-        """(where each row's output begins in the tokens [rows], the tokens, rows whose own tokens are known).
+    # On disk, for processes that simulate side by side: they share the pages
 
-        Behind each output stands one token more: what the step samples that was under way when the row ended, or the
-        one that ended the row because its logits were not finite.
-        """
-        lengths = self.num_output_tokens
-        starts = np.cumsum(lengths + 1) - (lengths + 1)
-        tokens = np.repeat(FIRST_OWN_TOKEN + np.arange(len(self), dtype=np.int32), lengths + 1)
-        tokens[starts + lengths] = 0
-        known = 0
-        recorded = read_tokens(directory)
-        for index, key in enumerate(zip(self.row.tolist(), self.sample.tolist(), strict=True)):
-            output, start, length = recorded.get(key), starts[index], lengths[index]
-            if output is not None and len(output) == length:
-                tokens[start : start + length] = output
-                known += 1
-            if self.finish_reason[index] == "stop":
-                tokens[start + length - 1] = EOS
-            elif self.finish_reason[index] == "error":
-                tokens[start + length] = NOT_FINITE
-        return starts, tokens, known
+    def save(self, directory: Path) -> None:
+        for field in fields(self):
+            np.save(directory / f"{field.name}.npy", getattr(self, field.name), allow_pickle=False)
+
+    @classmethod
+    def load(cls, directory: Path) -> "RecordedRows":
+        """Of what `save` has written there."""
+        paths = {field.name: directory / f"{field.name}.npy" for field in fields(cls)}
+        mapped = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
+        return cls(**{name: np.asarray(array) for name, array in mapped.items()})  # a memmap itself is slow to index
+
+
+def _own_token(row: int) -> int:
+    return FIRST_OWN_TOKEN + row % (2**30 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRows:
+    """The rows of a run, and what is known of those that are not among them."""
+
+    rows: RecordedRows
+    num_left_out: int
+    """Rows that were given up: nobody knows how long they would have become."""
+    num_known_outputs: int
+    """Rows whose own tokens are known."""
+
+
+def read_rows(run: RecordedRun) -> ReadRows:
+    """UsageError where not one has ended."""
+    names = run.requests["finish_reason"].to_numpy()
+    row, sample = _column(run.requests, "row"), _column(run.requests, "sample")
+    ended = np.flatnonzero(names != "aborted")
+    if not len(ended):
+        raise UsageError(f"{run.directory}: not one of its rows has ended; there is nothing to simulate")
+    ended = ended[np.lexsort((sample[ended], row[ended]))]  # the last of each row counts, if it was done again
+    is_last = np.append((row[ended[1:]] != row[ended[:-1]]) | (sample[ended[1:]] != sample[ended[:-1]]), True)
+    chosen = ended[is_last]
+    table, reasons = run.requests.take(pa.array(chosen)), names[chosen]
+    row, sample, lengths = row[chosen], sample[chosen], _column(table, "num_output_tokens")
+    starts, tokens, num_known = _outputs(run.directory, row, sample, lengths, reasons)
+    arrived = _column(table, "arrived_ns")
+    rows = RecordedRows(
+        row=row,
+        sample=sample,
+        num_prompt_tokens=_column(table, "num_prompt_tokens"),
+        num_output_tokens=lengths,
+        arrived_ns=arrived - arrived.min(),
+        max_tokens=_limits(lengths, reasons, run.manifest["config"].get("sampling", {}).get("max_tokens")),
+        shared_row=_column(table, "shared_prefix_row", NONE),
+        shared_tokens=_column(table, "shared_prefix_tokens"),
+        output_starts=starts,
+        output_tokens=tokens,
+    )
+    num_rows = len(run.requests.group_by(["row", "sample"]).aggregate([]))
+    return ReadRows(rows=rows, num_left_out=num_rows - len(chosen), num_known_outputs=num_known)
+
+
+def _column(table: pa.Table, name: str, missing: int = 0) -> np.ndarray:
+    column = table[name]
+    return (column.fill_null(missing) if column.null_count else column).to_numpy().astype(np.int64)
+
+
+def _limits(lengths: np.ndarray, reasons: np.ndarray, of_job: int | None) -> np.ndarray:
+    others = np.full_like(lengths, NONE) if of_job is None else np.where(lengths <= of_job, of_job, NONE)
+    return np.where(reasons == "length", np.maximum(lengths, 1), others)
+
+
+def _outputs(
+    directory: Path, row: np.ndarray, sample: np.ndarray, lengths: np.ndarray, reasons: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(`output_starts`, `output_tokens`, rows whose own tokens are known)"""
+    starts = np.cumsum(lengths + 1) - (lengths + 1)
+    tokens = np.repeat(FIRST_OWN_TOKEN + np.arange(len(row), dtype=np.int32), lengths + 1)
+    tokens[starts + lengths] = 0
+    recorded = read_tokens(directory)
+    known = 0
+    keys = zip(row.tolist(), sample.tolist(), strict=True)
+    for key, start, length in zip(keys, starts.tolist(), lengths.tolist(), strict=True):
+        output = recorded.get(key)
+        if output is not None and len(output) == length:
+            tokens[start : start + length] = output
+            known += 1
+    tokens[(starts + lengths - 1)[reasons == "stop"]] = EOS
+    tokens[(starts + lengths)[reasons == "error"]] = NOT_FINITE
+    return starts, tokens, known

@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from jobs.analysis.tables import read_table
 from jobs.manifest import COMPLETE, NAME, check_version, is_recorded
-from jobs.simulation.settings import Settings
+from jobs.simulation.run_facts import RunFacts
 from jobs.usage import UsageError
-from nanovllm.runner.graph_sizes import GraphSizes, graph_sizes
 
 PHASES_OUTSIDE = ("load", "capture", "write", "finish")
 
@@ -46,49 +45,13 @@ class RecordedRun:
         self.manifest = self._read_manifest()
         if "engine" not in self.manifest:
             raise self._error("its manifest has no `engine`: the run ended before its engine was built")
-        self.engine: dict[str, Any] = self.manifest["engine"]
+        self.facts = RunFacts.of(self.manifest)
         self.steps = self._read("steps")
         self.requests = self._read("requests")
         if self.steps.num_rows == 0:
             raise self._error("holds no step; was it recorded with recorder=off, or killed at once?")
         if len(np.unique(self.column("replica"))) > 1:
             raise self._error("has several replicas; one engine is simulated")
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.engine["device"] != "cpu"
-
-    @property
-    def lookahead(self) -> int:
-        """As ModelRunner.lookahead: on a GPU the next step is scheduled while one runs."""
-        return 1 if self.on_gpu else 0
-
-    @property
-    def arrives_by_time(self) -> bool:
-        """Whether rows came when they came, from a pipe, rather than as soon as the engine wanted them."""
-        return self.manifest["config"].get("input") == "-"
-
-    @property
-    def reads_shared_prefixes_once(self) -> bool:
-        """Whether attention reads a prefix once for all the rows that share it."""
-        return self.engine["attention"].startswith("triton")
-
-    @property
-    def suits_halves(self) -> bool:
-        """Whether decode steps with enough rows and context run in halves, or would with a larger max_num_seqs."""
-        found = self.engine.get("halves")
-        return "in halves" in self.engine["cuda_graphs"] if found is None else found  # before `halves` stood there
-
-    @property
-    def captures_late(self) -> bool:
-        """Whether graphs of steps with prefills are captured when they first come, not at the start: until `halves`
-        stood in the manifest."""
-        return "halves" not in self.engine
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it ran from beginning to end in one attempt."""
-        return self.manifest["status"] == COMPLETE and self.num_attempts == 1
 
     @property
     def num_attempts(self) -> int:
@@ -110,27 +73,7 @@ class RecordedRun:
             return f"it is not complete; its status is {self.manifest['status']}"
         if self.num_attempts > 1:
             return f"it took {self.num_attempts} attempts"
-        return "its rows came by time" if self.arrives_by_time else None
-
-    @property
-    def settings(self) -> Settings:
-        engine = self.engine
-        return Settings(
-            block_size=engine["block_size"],
-            num_blocks=engine["num_kv_blocks"],
-            prefix_caching=engine["enable_prefix_caching"],
-            max_num_seqs=engine["max_num_seqs"],
-            max_num_batched_tokens=engine["max_num_batched_tokens"],
-            max_model_len=engine["max_model_len"],
-        )
-
-    def graph_sizes(self, settings: Settings) -> GraphSizes | None:
-        """Of this run's runner with other settings; None where it uses no CUDA graphs."""
-        if self.engine["cuda_graphs"].startswith("off"):
-            return None
-        with_prefills = self.reads_shared_prefixes_once  # one kernel's work lists make both possible
-        limits = settings.max_num_seqs, settings.max_num_batched_tokens
-        return graph_sizes(*limits, with_prefills=with_prefills, with_halves=self.suits_halves)
+        return "its rows came by time" if self.facts.arrives_by_time else None
 
     def block_events(self) -> pa.Table:
         return self._read("block_events")

@@ -21,7 +21,7 @@ def fit_lines(predictor: Predictor) -> list[str]:
     model = costs.model
     lines = [
         f"fitted on {costs.num_steps:,} steps of {run.directory}; "
-        + ("the next step is scheduled while one runs" if run.lookahead else "one step after the other"),
+        + ("the next step is scheduled while one runs" if run.facts.lookahead else "one step after the other"),
         f"  forward ms      {_formula(model.forward)}",
         f"  beside it       {_formula(model.gap)}",
         f"  schedule        {_formula(model.schedule)}",
@@ -77,7 +77,7 @@ def grid_table(predictor: Predictor, choices: Sequence[Choice], predictions: Seq
             continue
         marks = _marks(predictor, prediction, choice.words, notes)
         rows.append([choice.words + marks, *_cells(prediction, same)])
-    return [*_aligned(rows), *notes, *_limits(run.settings, choices)]
+    return [*_aligned(rows), *notes, *_limits(run.facts.settings, choices)]
 
 
 _HEAD = ["configuration", "steps s", "job s", "output tok/s", "speed", "hits", "preempted", "p50 s", "p99 s"]

@@ -10,8 +10,8 @@ from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.cost_model import CostModel
 from jobs.simulation.cost_model_runner import CostModelRunner
 from jobs.simulation.forward_cost import SharedReads
-from jobs.simulation.recorded_rows import EOS, RecordedRows
-from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.recorded_rows import EOS, NONE, RecordedRows
+from jobs.simulation.run_facts import RunFacts
 from jobs.simulation.settings import Settings
 from jobs.simulation.shared_reads import SharedReadsFinder
 from jobs.simulation.step_sizes import Padding
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def simulate(
-    run: RecordedRun,
+    facts: RunFacts,
     rows: RecordedRows,
     model: CostModel,
     settings: Settings,
@@ -70,7 +70,7 @@ def simulate(
     ledger: BlockLedger | None = None,
     recorders: Sequence[Recorder] = (),
 ) -> Outcome:
-    """The rows as the generate job would feed them to an engine with these settings on `run`'s device.
+    """The rows as the generate job would feed them to an engine with these settings on the run's device.
 
     `ledger` takes the block events; `recorders` are told of every step, which takes three times as long. Without
     either, the cache keeps only what a row can find of another one's, as far as that surely comes to the same: that
@@ -78,10 +78,10 @@ def simulate(
     """
     if settings.prefix_caching and not (ledger or recorders):
         longest_prefix = rows.longest_shared // settings.block_size
-        simulation = _Simulation(run, rows, model, settings, longest_prefix=longest_prefix)
+        simulation = _Simulation(facts, rows, model, settings, longest_prefix=longest_prefix)
         if simulation.run():
             return simulation.outcome
-    simulation = _Simulation(run, rows, model, settings, ledger=ledger, recorders=recorders)
+    simulation = _Simulation(facts, rows, model, settings, ledger=ledger, recorders=recorders)
     simulation.run()
     return simulation.outcome
 
@@ -89,7 +89,7 @@ def simulate(
 class _Simulation:
     def __init__(
         self,
-        run: RecordedRun,
+        facts: RunFacts,
         rows: RecordedRows,
         model: CostModel,
         settings: Settings,
@@ -101,13 +101,13 @@ class _Simulation:
         """`longest_prefix`: the blocks that any two rows' prompts have in common at most, and no more are cached."""
         prefix_caching = settings.prefix_caching and longest_prefix != 0
         finder = None
-        if run.reads_shared_prefixes_once and prefix_caching:
+        if facts.reads_shared_prefixes_once and prefix_caching:
             finder = SharedReadsFinder(settings.max_num_seqs, settings.max_model_len, settings.block_size)
         self._runner = CostModelRunner(
             model,
             rows,
-            Padding.of(run, settings),
-            lookahead=run.lookahead,
+            Padding.of(facts, settings),
+            lookahead=facts.lookahead,
             max_num_seqs=settings.max_num_seqs,
             finder=finder,
         )
@@ -127,15 +127,15 @@ class _Simulation:
         self._model = model
         self._after_ms = model.after_ms(np.arange(settings.max_num_seqs + 1)).tolist()
         self._rows = rows
-        self._by_time = run.arrives_by_time
+        self._by_time = facts.arrives_by_time
         self._next = 0
         # Rows of the input that never ran.
         self._num_failed_before = (np.diff(rows.row, prepend=-1).clip(1) - 1).tolist()
         self._samples = rows.sample.tolist()
         self._num_output_tokens = rows.num_output_tokens.tolist()
+        self._samplings = _samplings(rows.max_tokens)
         self._arrived_ms: list[float] = []  # by seq_id
         self._latencies: list[float] = []
-        self._samplings: dict[int | None, ResolvedSampling] = {}
         self._tokens_in = 0
         self.outcome = Outcome(settings=settings)
 
@@ -220,8 +220,7 @@ class _Simulation:
         self._next += 1
         prompt = rows.prompt(index)
         try:
-            sampling = self._sampling(rows.max_tokens[index])
-            seq_id = self._engine.add(prompt, sampling, row=index, sample=self._samples[index])
+            seq_id = self._engine.add(prompt, self._samplings[index], row=index, sample=self._samples[index])
         except PromptError as error:
             self.outcome.refused[error.code] = self.outcome.refused.get(error.code, 0) + 1
             return 0
@@ -230,12 +229,6 @@ class _Simulation:
         num_tokens = len(prompt)
         self._tokens_in += num_tokens
         return num_tokens
-
-    def _sampling(self, max_tokens: int | None) -> ResolvedSampling:
-        sampling = self._samplings.get(max_tokens)
-        if sampling is None:
-            sampling = self._samplings[max_tokens] = ResolvedSampling(max_tokens=max_tokens)
-        return sampling
 
     def _finish(self, outputs: list[SequenceOutput], now_ms: float) -> None:
         outcome, latencies, arrived_ms = self.outcome, self._latencies, self._arrived_ms
@@ -246,3 +239,10 @@ class _Simulation:
             outcome.num_output_tokens += num_tokens
             outcome.num_preemptions += output.num_preemptions
             outcome.num_shorter += num_tokens < self._num_output_tokens[output.row]
+
+
+def _samplings(max_tokens: np.ndarray) -> list[ResolvedSampling]:
+    """Of each row; equal ones are one object."""
+    limits = max_tokens.tolist()
+    made = {limit: ResolvedSampling(max_tokens=None if limit == NONE else limit) for limit in set(limits)}
+    return [made[limit] for limit in limits]

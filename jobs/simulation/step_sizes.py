@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.run_facts import RunFacts
 from jobs.simulation.settings import Settings
 from nanovllm.engine.plan import Plan
 from nanovllm.runner.graph_sizes import NEVER, GraphSizes
@@ -88,8 +89,8 @@ class Padding:
     """Whether graphs of steps with prefills are captured when they first come, all but the largest one."""
 
     @classmethod
-    def of(cls, run: RecordedRun, settings: Settings) -> "Padding":
-        graphs, multiple = run.graph_sizes(settings), int(run.engine.get("row_multiple", 1))
+    def of(cls, facts: RunFacts, settings: Settings) -> "Padding":
+        graphs, multiple = facts.graph_sizes(settings), int(facts.engine.get("row_multiple", 1))
         seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
         none: list[int] = []
         return cls(
@@ -99,7 +100,7 @@ class Padding:
             of_tokens=_table(graphs.tokens if graphs else none, tokens, multiple),
             of_sampled=_table(graphs.sampled if graphs and graphs.tokens else none, seqs, multiple),
             halves_from=np.array([graphs.halves_from(rows) if graphs else NEVER for rows in range(seqs + 1)]),
-            captures_late=run.captures_late,
+            captures_late=facts.captures_late,
         )
 
     def in_halves(self, sizes: StepSizes, saved: Any) -> Any:

@@ -210,7 +210,7 @@ class BlockManager:
             num_users = len(seq_ids)
             counts = (counts + np.arange(1, num_users + 1, dtype=np.int32)[:, None]).reshape(-1)
             self._ref_counts[blocks] = counts[-len(blocks) :]
-            seq_ids = np.repeat(seq_ids, len(blocks))
+            seq_ids = seq_ids.repeat(len(blocks))
             blocks, hashes = np.tile(blocks, num_users), np.tile(hashes, num_users)
         self._log.add(_HIT, blocks, seq_ids, ref_counts=counts, hashes=hashes, has_hash=True)
 
@@ -240,10 +240,10 @@ class BlockManager:
         turns = np.arange(2 * count) % 2  # 0 where the block is given up, 1 where it is taken
         self._log.add(
             np.where(turns, _ALLOCATE, _EVICT),
-            np.repeat(blocks, 2),
-            np.repeat(seq_ids, 2),
+            blocks.repeat(2),
+            seq_ids.repeat(2),
             ref_counts=turns,
-            hashes=np.repeat(hashes, 2),
+            hashes=hashes.repeat(2),
             has_hash=turns == 0,
         )
         return blocks
@@ -260,7 +260,7 @@ class BlockManager:
             seq_ids, parents, last = runs.seq_ids, runs.parents, slice(None)
         else:
             # As if the first block of each run were new: what follows on a content number given out here is new too.
-            seq_ids, ends = np.repeat(runs.seq_ids, runs.counts), np.cumsum(runs.counts)
+            seq_ids, ends = runs.seq_ids.repeat(runs.counts), runs.counts.cumsum()
             parents, last = np.arange(self._last_content, self._last_content + len(blocks)), ends - 1
             parents[ends - runs.counts] = runs.parents
         new = dict(zip(zip(parents.tolist(), hashes, strict=True), blocks.tolist(), strict=True))
@@ -350,7 +350,7 @@ class BlockManager:
         self._places[blocks] = places
         if np.array_equal(self._places[blocks], places):
             return 0
-        by_block = np.argsort(blocks, kind="stable")
+        by_block = blocks.argsort(kind="stable")
         is_again = np.zeros(len(blocks), np.bool_)
         is_again[1:] = blocks[by_block[1:]] == blocks[by_block[:-1]]
         twice = is_again[1:] & (owners[by_block[1:]] == owners[by_block[:-1]])

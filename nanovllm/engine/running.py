@@ -175,7 +175,7 @@ class Running:
             self._blocks.hit(self.seq_ids[slots[1:]], hits)
         self._tables[slots, : len(hits)] = hits
         columns = np.tile(np.arange(len(hits)), len(slots))
-        self._new_entries.append(TableEntries(np.repeat(slots, len(hits)), columns, np.tile(hits, len(slots))))
+        self._new_entries.append(TableEntries(slots.repeat(len(hits)), columns, np.tile(hits, len(slots))))
 
     # Growing
 
@@ -235,8 +235,8 @@ class Running:
         full = self._num_full(known + num_steps)
         full_in = full * size - known - 1
         if self._blocks.prefix_caching:
-            due = np.flatnonzero(full > self._published[slots])
-            due = due[np.argsort(full_in[due], kind="stable")]
+            due = (full > self._published[slots]).nonzero()[0]
+            due = due[full_in[due].argsort(kind="stable")]
             if len(due):
                 self._publish(slots[due], full[due])
         return room, full_in
@@ -351,10 +351,10 @@ class Running:
 
     def _free_tables(self, slots: np.ndarray, reasons: np.ndarray) -> int:
         counts = self.capacity[slots] // self._blocks.block_size
-        owners = np.repeat(slots, counts)
-        columns = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(owners))  # of each slot from last to first
+        owners = slots.repeat(counts)
+        columns = counts.cumsum().repeat(counts) - 1 - np.arange(len(owners))  # of each slot from last to first
         blocks = self._flat_tables[owners * self._width + columns]
-        return self._blocks.free(self.seq_ids[owners], blocks, np.repeat(reasons, counts))
+        return self._blocks.free(self.seq_ids[owners], blocks, reasons.repeat(counts))
 
 
 def _joined(entries: list[TableEntries]) -> TableEntries:
@@ -370,5 +370,5 @@ def _spread(slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[n
     """Of `counts` [slots] blocks from column `first` [slots] on, one slot after the other: the slot and the column."""
     if np.count_nonzero(counts == 1) == len(slots):  # as in a decode step
         return slots, first
-    owners = np.repeat(slots, counts)
-    return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts - first, counts)
+    owners = slots.repeat(counts)
+    return owners, np.arange(len(owners)) - (counts.cumsum() - counts - first).repeat(counts)

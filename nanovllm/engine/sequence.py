@@ -51,8 +51,9 @@ class Sequence:
         stop_check: StopCheck | None = None,
         arrived_ns: int = 0,
     ) -> None:
+        """`token_ids` that can be written to are copied."""
         self.seq_id = seq_id
-        self.token_ids = np.array(token_ids, np.int32)  # its own: the prefix cache relies on what stands in it
+        self.token_ids = _own(token_ids)
         self.sampling = sampling
         self.row = row
         self.sample = sample
@@ -81,6 +82,13 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """What has been sampled so far, of a sequence that waits."""
         return self.token_ids[self.num_prompt_tokens :].tolist()
+
+
+def _own(token_ids: np.ndarray) -> np.ndarray:
+    """As int32 that nobody changes any more, as the prefix cache relies on what stands in it: mostly a copy."""
+    base = token_ids.base
+    can_change = token_ids.flags.writeable or (isinstance(base, np.ndarray) and base.flags.writeable)
+    return np.array(token_ids, np.int32) if can_change or token_ids.dtype != np.int32 else token_ids
 
 
 class Ended(NamedTuple):

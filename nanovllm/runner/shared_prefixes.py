@@ -71,7 +71,7 @@ class _Tree(NamedTuple):
         if len(rows) < MIN_MEMBERS:
             return []
         blocks = self.tables[rows, depth]
-        order = np.argsort(blocks, kind="stable")
+        order = blocks.argsort(kind="stable")
         ordered = blocks[order]
         bounds = np.concatenate(([0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, [len(order)]))
         starts, ends = bounds[:-1], bounds[1:]

@@ -168,12 +168,12 @@ MUTANTS = (
     ),
     mutant(
         "blocks are freed from the first to the last",
-        ("_free_tables", "columns = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(owners))",
-         "columns = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)"),
+        ("_free_tables", "columns = counts.cumsum().repeat(counts) - 1 - np.arange(len(owners))",
+         "columns = np.arange(len(owners)) - (counts.cumsum() - counts).repeat(counts)"),
     ),
     mutant(
         "the blocks of a hit are missing in the runner's table",
-        ("_enter_hits", "self._new_entries.append(TableEntries(np.repeat(slots, len(hits)), columns, "
+        ("_enter_hits", "self._new_entries.append(TableEntries(slots.repeat(len(hits)), columns, "
          "np.tile(hits, len(slots))))", "pass"),
     ),
     mutant(

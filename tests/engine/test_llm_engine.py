@@ -12,6 +12,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.plan import Plan, StepResult
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import PromptError
 from nanovllm.events import StepEvent
 from nanovllm.sampling_params import ResolvedSampling
@@ -149,6 +150,19 @@ def test_a_caller_may_use_its_array_of_token_ids_again() -> None:
         seq_id = engine.add(ids, ResolvedSampling(max_tokens=4), row=0)
         ids[:] = 0
         assert drain(engine)[seq_id].token_ids == reference(prompt, 4)
+
+
+def test_token_ids_are_copied_if_they_can_change() -> None:
+    ids = np.arange(12, dtype=np.int32)
+    view = ids[2:]
+    view.flags.writeable = False
+    fixed = [np.frombuffer(ids.tobytes(), np.int32), ids.copy()]
+    fixed[1].flags.writeable = False
+    for given in (ids, view, ids.astype(np.int64), *fixed, fixed[1][3:]):
+        own = Sequence(0, given, ResolvedSampling(max_tokens=4), row=0).token_ids
+        assert own.dtype == np.int32
+        assert own.tolist() == given.tolist()
+        assert np.shares_memory(own, given) == any(given is each or given.base is each for each in fixed)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])

@@ -14,7 +14,7 @@ from jobs.recorder import ParquetRecorder
 from jobs.simulation.cost_model import BETWEEN, GAP, POSTPROCESS, SUBMIT, CostModel
 from jobs.simulation.fitting import Fit
 from jobs.simulation.forward_cost import FEATURES, ForwardFeatures
-from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.recorded_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import Outcome, simulate
@@ -117,7 +117,7 @@ def write_run(
     _write_wanted(wanted, rows, manifest)
     run = RecordedRun("run", wanted)
     recorder = ParquetRecorder.alone(directory)
-    outcome = simulate(run, RecordedRows(run), costs, settings, recorders=[recorder])
+    outcome = simulate(run.facts, read_rows(run).rows, costs, settings, recorders=[recorder])
     recorder.close()
     _check_shared_prefixes(directory, rows)
     return outcome

@@ -12,7 +12,7 @@ from jobs.simulation.cost_model import SETTLING_MS, CostModel
 from jobs.simulation.fitting import fit, held_out_error
 from jobs.simulation.forward_cost import FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.predictor import Predictor
-from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.recorded_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import simulate
@@ -93,7 +93,7 @@ def test_another_run_under_the_same_law_is_predicted(recorded: Predictor, name: 
         assert measured.hit_rate > 0.3
         assert max(shared.saved for shared in measured.shared) > 4096
     other = RecordedRun("against", tmp_path / "other")
-    prediction = recorded.predict_run(other, RecordedRows(other), BlockLedger())
+    prediction = recorded.predict_run(other, read_rows(other).rows, BlockLedger())
     assert prediction.steps_s == pytest.approx(other.steps_seconds, rel=0.003)
     assert prediction.steps_s == pytest.approx(measured.seconds, rel=0.003)
     assert prediction.outcome.num_preemptions == measured.num_preemptions
@@ -107,7 +107,7 @@ def test_a_law_without_a_term_predicts_otherwise(recorded: Predictor, tmp_path: 
     slow = law(forward={**FORWARD, "decode context": 4e-4}, capture_ms=30.0)
     write_run(tmp_path / "slow", rows(200, 2), slow, SMALL)
     other = RecordedRun("against", tmp_path / "slow")
-    assert recorded.predict_run(other, RecordedRows(other), BlockLedger()).steps_s < 0.8 * other.steps_seconds
+    assert recorded.predict_run(other, read_rows(other).rows, BlockLedger()).steps_s < 0.8 * other.steps_seconds
 
 
 def clock_of(tmp_path: Path, costs: CostModel, *, on_gpu: bool, row: Row) -> float:
@@ -164,7 +164,7 @@ class _Plans(Recorder):
 
 def test_sizes_of_plans_are_those_of_their_records(recorded: Predictor):
     plans = _Plans()
-    simulate(recorded.run, recorded.rows, LAW, SMALL, recorders=[plans])
+    simulate(recorded.run.facts, recorded.rows, LAW, SMALL, recorders=[plans])
     from_records = recorded_sizes(recorded.run)
     assert {len(plans.sizes)} == {len(column) for column in from_records}
     for place, column in enumerate(from_records):
@@ -182,7 +182,7 @@ def test_one_step_costs_what_it_costs_among_many(tmp_path: Path):
     long_rows = [replace(row, num_prompt_tokens=4 * row.num_prompt_tokens) for row in rows(160, 1, shared=200)]
     write_run(tmp_path / "run", long_rows, costs, much, with_halves=True)
     run = RecordedRun("run", tmp_path / "run")
-    sizes, padding = recorded_sizes(run), Padding.of(run, much)
+    sizes, padding = recorded_sizes(run), Padding.of(run.facts, much)
     draw = np.random.default_rng(4)
     saved = draw.integers(0, 3, run.steps.num_rows) * 50
     shared = SharedReads(saved, 2 * saved)
@@ -201,7 +201,7 @@ def test_one_step_costs_what_it_costs_among_many(tmp_path: Path):
 def test_steps_are_padded_as_the_runner_pads_them(recorded: Predictor, seqs: int, tokens: int):
     settings = replace(SMALL, max_num_seqs=seqs, max_num_batched_tokens=tokens)
     padding, sizes = (
-        Padding.of(recorded.run, settings),
+        Padding.of(recorded.run.facts, settings),
         graph_sizes(seqs, tokens, with_prefills=True, with_halves=False),
     )
     for count in range(1, seqs + 1):
@@ -223,7 +223,7 @@ def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tm
     write_run(tmp_path / "run", long_rows, costs, much, with_halves=with_halves)
     predictor = Predictor(RecordedRun("run", tmp_path / "run"))
     sizes = recorded_sizes(predictor.run)
-    padding = Padding.of(predictor.run, much)
+    padding = Padding.of(predictor.run.facts, much)
     halved = padding.in_halves(sizes, 0)
     graphs = graph_sizes(160, much.max_num_batched_tokens, with_prefills=True, with_halves=with_halves)
     expected = [
@@ -237,7 +237,7 @@ def test_steps_run_in_halves_where_the_runner_runs_them_so(with_halves: bool, tm
     assert model.whole_ms == pytest.approx(0.7 if with_halves else 0.0, rel=0.02)
     write_run(tmp_path / "other", long_rows[40:120] + rows(100, 2), costs, much, with_halves=with_halves)
     other = RecordedRun("against", tmp_path / "other")
-    prediction = predictor.predict_run(other, RecordedRows(other), BlockLedger())
+    prediction = predictor.predict_run(other, read_rows(other).rows, BlockLedger())
     assert prediction.steps_s == pytest.approx(other.steps_seconds, rel=0.003)
 
 
@@ -253,7 +253,7 @@ def test_what_the_record_says_of_halves_counts_and_the_rule_where_it_says_nothin
     run = RecordedRun("run", tmp_path / "run")
     assert 100 < run.column("in_halves").sum() < run.steps.num_rows - 100
     assert run.column("num_cached_tokens").any()
-    assert not Padding.of(run, settings).in_halves(recorded_sizes(run), 0).any(), "this version would halve none"
+    assert not Padding.of(run.facts, settings).in_halves(recorded_sizes(run), 0).any(), "this version would halve none"
     assert Predictor(run).costs.model.whole_ms == pytest.approx(0.7, rel=0.05)
     edit(tmp_path / "run", "steps", lambda steps: [step.update(in_halves=None) for step in steps])
     assert Predictor(RecordedRun("run", tmp_path / "run")).costs.model.whole_ms == pytest.approx(0.0, abs=0.05)
@@ -267,7 +267,7 @@ def test_whether_more_sequences_would_run_in_halves_is_in_the_manifest(halves: b
 
     def sizes() -> list[list[int]]:
         run = RecordedRun("run", tmp_path / "run")
-        graphs = [run.graph_sizes(settings) for settings in (few, many)]
+        graphs = [run.facts.graph_sizes(settings) for settings in (few, many)]
         return [graph.in_halves for graph in graphs if graph is not None]
 
     assert sizes() == [[], [8, 16, 24, 32, 64, 96, 100] if halves else []]

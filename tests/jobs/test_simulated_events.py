@@ -49,7 +49,7 @@ def difference(directory: Path, settings: Settings | None = None) -> str | None:
     run = RecordedRun("run", directory)
     predictor = Predictor(run)
     ledger = BlockLedger()
-    simulate(run, predictor.rows, predictor.costs.model, settings or run.settings, ledger=ledger)
+    simulate(run.facts, predictor.rows, predictor.costs.model, settings or run.facts.settings, ledger=ledger)
     assert len(ledger.columns()["step"]) > 100
     return first_difference(recorded_columns(run.block_events()), ledger.columns())
 
@@ -68,7 +68,7 @@ def test_events_are_the_recorded_ones_with_chunks_shared_prefixes_preemptions_an
 
 
 def test_another_configuration_has_other_events(tight: Finished):
-    settings = RecordedRun("run", tight.directory).settings
+    settings = RecordedRun("run", tight.directory).facts.settings
     assert difference(tight.directory, replace(settings, num_blocks=settings.num_blocks + 1)) is not None
     assert difference(tight.directory, replace(settings, max_num_batched_tokens=69)) is not None
 
@@ -125,10 +125,10 @@ def test_a_run_that_was_cut_off_is_simulated_without_the_rows_that_never_ended(t
     run.requests = run.requests.filter(~np.isin(run.requests["row"].to_numpy(), [0, 2]))
     kept = set(run.requests["row"].to_pylist())
     shared = {request["shared_prefix_row"] for request in run.requests.to_pylist()} - {None}
-    assert not run.is_whole
+    assert not run.can_be_compared
     assert shared - kept, "no row shares its prefix with one that never ended"
     predictor = Predictor(run)
-    outcome = predictor.predict(run.settings).outcome
+    outcome = predictor.predict(run.facts.settings).outcome
     assert len(outcome.latencies_s) == len(kept)
     assert outcome.num_cached_tokens > 0
     assert outcome.num_output_tokens == sum(run.requests["num_output_tokens"].to_pylist())
@@ -136,8 +136,8 @@ def test_a_run_that_was_cut_off_is_simulated_without_the_rows_that_never_ended(t
 
 def test_figures_of_a_simulation_are_those_of_the_run(tight: Finished):
     run = RecordedRun("run", tight.directory)
-    assert run.engine["architecture"]["vocab_size"] > 0
-    outcome = Predictor(run).predict(run.settings).outcome
+    assert run.facts.engine["architecture"]["vocab_size"] > 0
+    outcome = Predictor(run).predict(run.facts.settings).outcome
     figures = tight.manifest["figures"]
     assert outcome.num_steps == figures["num_steps"]
     assert outcome.num_output_tokens == figures["num_output_tokens"]

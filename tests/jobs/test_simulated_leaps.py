@@ -9,7 +9,7 @@ import pytest
 
 from jobs.simulation import simulator
 from jobs.simulation.block_ledger import BlockLedger
-from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.recorded_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from nanovllm.engine.llm_engine import LLMEngine
@@ -87,14 +87,14 @@ class Simulated:
 
     def __init__(self, world: World, directory: Path, *, leaps: bool) -> None:
         run = RecordedRun("run", directory)
-        recorded = RecordedRows(run)
+        recorded = read_rows(run).rows
         if world.equal_outputs:
             made_up = recorded.output_tokens > 0
             recorded.output_tokens[made_up] = 5
         self.ledger = BlockLedger()
         recorders = [] if leaps else [Recorder()]
         simulation = simulator._Simulation(
-            run, recorded, COSTS, world.settings, ledger=self.ledger, recorders=recorders
+            run.facts, recorded, COSTS, world.settings, ledger=self.ledger, recorders=recorders
         )
         simulation.run()
         self.outcome = simulation.outcome

@@ -11,7 +11,7 @@ from jobs.simulation import simulator
 from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.cost_model_runner import CostModelRunner
 from jobs.simulation.predictor import Predictor
-from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.recorded_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from nanovllm.engine.plan import Plan
 from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run
@@ -77,7 +77,7 @@ def test_five_other_configurations_and_workloads_are_predicted_within_five_perce
     errors, naive = {}, {}
     for name, outcome in measured.items():
         other = RecordedRun("against", tmp_path / name)
-        prediction = predictor.predict_run(other, RecordedRows(other), BlockLedger())
+        prediction = predictor.predict_run(other, read_rows(other).rows, BlockLedger())
         assert prediction.outcome.num_preemptions == outcome.num_preemptions
         errors[name] = prediction.steps_s / outcome.seconds - 1
         naive[name] = outcome.num_output_tokens / predictor.recorded.output_tokens_per_s / outcome.seconds - 1
@@ -96,8 +96,8 @@ def test_of_a_row_that_was_done_again_the_last_time_counts(tmp_path: Path):
     given_up = [{**request, "finish_reason": "aborted", "num_output_tokens": 1} for request in first[:15]]
     again = [{**request, "attempt": 1, "seq_id": 100 + request["seq_id"]} for request in first[:12]]
     run.requests = pa.Table.from_pylist([*given_up, *first[15:], *again], run.requests.schema)
-    found = RecordedRows(run)
+    found = read_rows(run)
     ended = [request["row"] for request in [*first[15:], *first[:12]]]
-    assert found.row.tolist() == sorted(ended)
+    assert found.rows.row.tolist() == sorted(ended)
     assert found.num_left_out == 3
-    assert found.num_output_tokens.tolist() == [load[row].num_output_tokens for row in sorted(ended)]
+    assert found.rows.num_output_tokens.tolist() == [load[row].num_output_tokens for row in sorted(ended)]

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.simulation import simulator
 from jobs.simulation.block_ledger import BlockLedger
-from jobs.simulation.recorded_rows import RecordedRows
+from jobs.simulation.recorded_rows import RecordedRows, read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.simulator import Outcome, simulate
 from nanovllm.engine.block_manager import BlockManager
@@ -35,10 +35,10 @@ ALL = WORLDS | MORE
 
 def outcome_of(world: World, directory: Path, ledger: BlockLedger | None) -> Outcome:
     run = RecordedRun("run", directory)
-    recorded = RecordedRows(run)
+    recorded = read_rows(run).rows
     if world.equal_outputs:
         recorded.output_tokens[recorded.output_tokens > 0] = 5
-    return simulate(run, recorded, COSTS, world.settings, ledger=ledger)
+    return simulate(run.facts, recorded, COSTS, world.settings, ledger=ledger)
 
 
 def counts(outcome: Outcome) -> list[object]:
@@ -92,9 +92,9 @@ def test_it_comes_to_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_samples_of_a_row_share_its_prompt(tmp_path: Path) -> None:
     write_run(tmp_path / "run", WORLDS["no prefix caching"].rows, COSTS, SMALL)
-    recorded = RecordedRows(RecordedRun("run", tmp_path / "run"))
+    recorded = read_rows(RecordedRun("run", tmp_path / "run")).rows
     assert recorded.longest_shared == 0
-    recorded = RecordedRows(RecordedRun("run", tmp_path / "run"))
+    recorded = read_rows(RecordedRun("run", tmp_path / "run")).rows
     recorded.sample[3] = 1
     assert recorded.longest_shared == recorded.num_prompt_tokens.max()
 

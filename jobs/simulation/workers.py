@@ -1,0 +1,165 @@
+"""Configurations of a grid simulated side by side, each in a process of its own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import IO
+
+from jobs.simulation.settings import Settings
+from jobs.simulation.simulator import Outcome
+from jobs.simulation.subject import Subject, decoded, encoded
+from jobs.simulation.worker import LOADED
+from jobs.usage import UsageError
+
+MOST_WORKERS = 256
+LEAST_UNITS = 2000
+"""Recorded rows and steps, each time one is simulated, from which processes pay: a tenth of a second of work."""
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def workers_for(num_configurations: int, num_units: int) -> int:
+    """How many processes such a grid is worth; 1 where this one does it as fast. `num_units`: rows and steps."""
+    if num_configurations * num_units < LEAST_UNITS:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(num_configurations, cores, MOST_WORKERS))
+
+
+class Workers:
+    """So many processes, which start at once and get ready by themselves. A context: outside of it they have ended."""
+
+    def __init__(self, count: int) -> None:
+        self._processes: list[_Process] = []
+        try:
+            for _ in range(count):
+                self._processes.append(_Process())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends them, whatever they are at."""
+        for process in self._processes:
+            process.end()
+
+    def outcomes(self, subject: Subject, settings: Sequence[Settings]) -> list[Outcome]:
+        """Of each of the settings, in their order; once.
+
+        UsageError where a process was ended from outside, as the kernel does when memory runs out.
+        """
+        todo = deque(enumerate(settings))
+        found: dict[int, Outcome] = {}
+
+        def work(process: "_Process") -> None:
+            with contextlib.suppress(IndexError):
+                while True:
+                    place, each = todo.popleft()
+                    found[place] = process.outcome(each)
+
+        with ThreadPoolExecutor(len(self._processes)) as threads:
+            try:
+                with tempfile.TemporaryDirectory(prefix="nanovllm-simulate-") as directory:
+                    _save(subject, Path(directory))
+                    self._all(threads, lambda process: process.load(directory))
+                self._all(threads, work)
+            except BaseException:
+                self.close()  # so that no thread waits any more
+                raise
+        return [found[place] for place in range(len(settings))]
+
+    def _all(self, threads: ThreadPoolExecutor, work: "Callable[[_Process], None]") -> None:
+        """Raises what the first of them raises, at once."""
+        done, _ = wait([threads.submit(work, process) for process in self._processes], return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def _save(subject: Subject, directory: Path) -> None:
+    try:
+        subject.save(directory)
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: what is simulated cannot be handed over there: {error}; workers=1 needs no files"
+        ) from error
+
+
+class _Process:
+    """One worker, which may still be importing."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in end
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "jobs.simulation.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C at a terminal is for the command, which then ends this
+        )
+
+    def load(self, directory: str) -> None:
+        line = self._exchange(os.fsencode(directory))
+        if line != LOADED:
+            raise RuntimeError(f"a process that simulates said {line!r} instead of {LOADED!r}")
+
+    def outcome(self, settings: Settings) -> Outcome:
+        return decoded(self._exchange(encoded(settings)), Outcome)
+
+    def _exchange(self, line: bytes) -> bytes:
+        requests, answers = _pipes(self._process)
+        try:
+            requests.write(line + b"\n")
+            requests.flush()
+            answer = answers.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer.endswith(b"\n"):
+            raise self._death()
+        return answer[:-1]
+
+    def _death(self) -> Exception:
+        code = self._process.wait()
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            return UsageError(
+                f"a process that simulates was ended by {name}, as the kernel does when memory runs out; "
+                f"fewer side by side take less of it: workers=1"
+            )
+        self._errors.seek(0)
+        return RuntimeError(
+            f"a process that simulates ended with exit code {code}:\n{self._errors.read().decode(errors='replace')}"
+        )
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in _pipes(self._process):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._errors.close()
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None
+    assert answers is not None
+    return requests, answers
+
+
+def _environment() -> dict[str, str]:
+    path = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
