@@ -95,8 +95,9 @@ def _grid(recorded: RecordedRun, said: _Words) -> None:
     most_len = recorded.facts.engine.get("architecture", {}).get("max_position_embeddings")
     choices = span(words, recorded.facts.settings, most_len) if words else []
     settings = [choice.settings for choice in choices if choice.settings is not None]
-    count = said.workers or workers_for(len(settings), recorded.steps.num_rows + recorded.requests.num_rows)
-    with Workers(min(count, len(settings))) if min(count, len(settings)) > 1 else nullcontext() as workers:
+    sizes = {"num_rows": recorded.requests.num_rows, "num_steps": recorded.steps.num_rows}
+    count = min(said.workers or workers_for(len(settings), **sizes), len(settings))
+    with Workers(count) if count > 1 else nullcontext() as workers:
         predictor = Predictor(recorded)
         show("\n".join([*report.fit_lines(predictor), *_rows_lines(predictor), ""]))
         began = time.perf_counter()

@@ -8,21 +8,17 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.analysis.answers import read_tokens
+from jobs.simulation.made_up_prompts import FIRST_OWN_TOKEN, MadeUpPrompts
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.usage import UsageError
 
 EOS = 2**31 - 1
 """Stands for whatever ended a row: no model has so many tokens."""
 NOT_FINITE = -1
-FIRST_OWN_TOKEN = 2**30
-"""Tokens that were made up are this and more, so that they are none of a recorded output's."""
-FILLING = FIRST_OWN_TOKEN - 1
 KEPT_TOKENS = 2**24
 """Prompts of so many tokens in all are made up once for all configurations of a grid: 64 MiB."""
 NONE = -1
-
-_Marks = tuple[tuple[int, int], ...]
-"""Places in a prompt, in order, and the tokens there."""
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,10 +47,10 @@ class RecordedRows:
     """int32 [tokens of all outputs, and one more behind each]: the additional one is what the step samples that was
     under way when the row ended, or the one that ended the row because its logits were not finite."""
 
+    prompt_tokens: np.ndarray
+    """int32 [tokens of all prompts], one after the other; none if they are more than KEPT_TOKENS."""
+
     def __post_init__(self) -> None:
-        self._marks: dict[int, _Marks] = {}
-        shared, with_samples = self.shared_row[self.shared_tokens > 0], self.row[self.sample > 0]
-        self._is_needed = {*shared.tolist(), *with_samples.tolist()}  # by later rows
         self._ends = np.cumsum(self.num_prompt_tokens).tolist()
 
     def __len__(self) -> int:
@@ -68,44 +64,13 @@ class RecordedRows:
 
     def prompt(self, index: int) -> np.ndarray:
         """int32 token ids, which cannot be written to; asked for in order, by one simulation after the other."""
-        length = self.num_prompt_tokens.item(index)
-        if self._ends[-1] <= KEPT_TOKENS:
-            end = self._ends[index]
-            return self._all_prompts[end - length : end]
-        prompt = np.full(length, FILLING, np.int32)
-        for place, token in self._marks_of(index):
-            prompt[place] = token
-        prompt.flags.writeable = False
-        return prompt
+        if not len(self.prompt_tokens):
+            return self._prompts.one(index)
+        return self.prompt_tokens[self._ends[index - 1] if index else 0 : self._ends[index]]
 
     @cached_property
-    def _all_prompts(self) -> np.ndarray:
-        tokens = np.full(self._ends[-1], FILLING, np.int32)
-        starts = (np.array(self._ends) - self.num_prompt_tokens).tolist()
-        marks = [(start + place, token) for index, start in enumerate(starts) for place, token in self._marks_of(index)]
-        places, values = np.array(marks, np.int64).reshape(-1, 2).T
-        tokens[places] = values
-        tokens.flags.writeable = False
-        return tokens
-
-    def _marks_of(self, index: int) -> "_Marks":
-        """Where a row's prompt is not FILLING: at the first token that it has for itself, and where those have theirs
-        whose prompts it begins with."""
-        row = self.row.item(index)
-        known = self._marks.get(row)
-        if known is not None:
-            return known
-        marks: _Marks = ()
-        num_shared = self.shared_tokens.item(index)
-        if num_shared:
-            shared_row = self.shared_row.item(index)
-            of_shared = self._marks.get(shared_row, ((0, _own_token(shared_row)),))
-            marks = tuple(mark for mark in of_shared if mark[0] < num_shared)
-        if num_shared < self.num_prompt_tokens[index]:
-            marks = (*marks, (num_shared, _own_token(row)))
-        if row in self._is_needed:
-            self._marks[row] = marks
-        return marks
+    def _prompts(self) -> MadeUpPrompts:
+        return MadeUpPrompts(self.row, self.num_prompt_tokens, self.shared_row, self.shared_tokens)
 
     # On disk, for processes that simulate side by side: they share the pages
 
@@ -119,10 +84,6 @@ class RecordedRows:
         paths = {field.name: directory / f"{field.name}.npy" for field in fields(cls)}
         mapped = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
         return cls(**{name: np.asarray(array) for name, array in mapped.items()})  # a memmap itself is slow to index
-
-
-def _own_token(row: int) -> int:
-    return FIRST_OWN_TOKEN + row % (2**30 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +110,24 @@ def read_rows(run: RecordedRun) -> ReadRows:
     table, reasons = run.requests.take(pa.array(chosen)), names[chosen]
     row, sample, lengths = row[chosen], sample[chosen], _column(table, "num_output_tokens")
     starts, tokens, num_known = _outputs(run.directory, row, sample, lengths, reasons)
-    arrived = _column(table, "arrived_ns")
+    arrived, num_prompt_tokens = _column(table, "arrived_ns"), _column(table, "num_prompt_tokens")
+    shared_row, shared_tokens = _column(table, "shared_prefix_row", NONE), _column(table, "shared_prefix_tokens")
+    prompts = _NO_TOKENS
+    if num_prompt_tokens.sum() <= KEPT_TOKENS:
+        prompts = MadeUpPrompts(row, num_prompt_tokens, shared_row, shared_tokens).all()
+        prompts.flags.writeable = False
     rows = RecordedRows(
         row=row,
         sample=sample,
-        num_prompt_tokens=_column(table, "num_prompt_tokens"),
+        num_prompt_tokens=num_prompt_tokens,
         num_output_tokens=lengths,
         arrived_ns=arrived - arrived.min(),
         max_tokens=_limits(lengths, reasons, run.manifest["config"].get("sampling", {}).get("max_tokens")),
-        shared_row=_column(table, "shared_prefix_row", NONE),
-        shared_tokens=_column(table, "shared_prefix_tokens"),
+        shared_row=shared_row,
+        shared_tokens=shared_tokens,
         output_starts=starts,
         output_tokens=tokens,
+        prompt_tokens=prompts,
     )
     num_rows = len(run.requests.group_by(["row", "sample"]).aggregate([]))
     return ReadRows(rows=rows, num_left_out=num_rows - len(chosen), num_known_outputs=num_known)

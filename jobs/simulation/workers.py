@@ -19,15 +19,17 @@ from jobs.simulation.worker import LOADED
 from jobs.usage import UsageError
 
 MOST_WORKERS = 256
-LEAST_UNITS = 2000
-"""Recorded rows and steps, each time one is simulated, from which processes pay: a tenth of a second of work."""
+ROW_S, STEP_S = 20e-6, 40e-6
+"""What a recorded row and a recorded step take to simulate, about."""
+LEAST_S = 0.1
+"""Work from which processes pay; what they need to get ready passes while the run is read and its costs are fitted."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def workers_for(num_configurations: int, num_units: int) -> int:
-    """How many processes such a grid is worth; 1 where this one does it as fast. `num_units`: rows and steps."""
-    if num_configurations * num_units < LEAST_UNITS:
+def workers_for(num_configurations: int, *, num_rows: int, num_steps: int) -> int:
+    """How many processes a grid around such a run is worth; 1 where this one does it as fast."""
+    if num_configurations * (ROW_S * num_rows + STEP_S * num_steps) < LEAST_S:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(num_configurations, cores, MOST_WORKERS))
@@ -137,7 +139,7 @@ class _Process:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             return UsageError(
                 f"a process that simulates was ended by {name}, as the kernel does when memory runs out; "
-                f"fewer side by side take less of it: workers=1"
+                "fewer side by side take less of it: workers=1"
             )
         self._errors.seek(0)
         return RuntimeError(

@@ -183,7 +183,7 @@ def without(passage: str, instead: str) -> Callable[..., None]:
     [
         ("self.grow(slots[need])", "self.grow(slots[np.sort(need)])"),
         ("np.minimum(computed, committed - 1)", "np.minimum(computed, committed)"),
-        ('due = due[np.argsort(full_in[due], kind="stable")]', "pass"),
+        ('due = due[full_in[due].argsort(kind="stable")]', "pass"),
         ("self.length[slots] += num_steps", "self.length[slots] += num_steps - 1"),
         ("room < num_steps", "room <= num_steps"),
         ("return room, full_in", "return room, full_in + 1"),
