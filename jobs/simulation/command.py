@@ -9,6 +9,7 @@ from jobs.analysis.run_paths import find_run, find_runs
 from jobs.simulation import report
 from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.grid import search_words, span
+from jobs.simulation.heap import keep_freed_memory
 from jobs.simulation.predictor import Prediction, Predictor, compare_events
 from jobs.simulation.recorded_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
@@ -49,6 +50,7 @@ def run(words: Sequence[str]) -> int:
         show(HELP)
         return 0
     said = _parse(words)
+    keep_freed_memory()
     recorded = RecordedRun("run", find_run("run", said.run))
     with collector_kept_out():  # it would look through every row again and again
         if said.against:

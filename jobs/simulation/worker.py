@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from jobs.simulation.heap import keep_freed_memory, take_memory_ahead
 from jobs.simulation.settings import Settings
 from jobs.simulation.subject import Subject, decoded, encoded
 from nanovllm.quiet_gc import collector_kept_out
@@ -16,6 +17,8 @@ LOADED = b"loaded"
 
 
 def main() -> None:
+    keep_freed_memory()
+    take_memory_ahead()
     requests = sys.stdin.buffer
     directory = requests.readline()
     if not directory:
