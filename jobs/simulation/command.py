@@ -11,7 +11,7 @@ from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.grid import search_words, span
 from jobs.simulation.heap import keep_freed_memory
 from jobs.simulation.predictor import Prediction, Predictor, compare_events
-from jobs.simulation.recorded_rows import read_rows
+from jobs.simulation.reading_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import KEYS
 from jobs.simulation.workers import MOST_WORKERS, Workers, workers_for

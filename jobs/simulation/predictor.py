@@ -6,10 +6,12 @@ from functools import cached_property
 
 import numpy as np
 
-from jobs.simulation.block_ledger import BlockLedger, first_difference, recorded_columns
-from jobs.simulation.cost_model import FittedCosts, fit_costs
+from jobs.simulation.block_ledger import BlockLedger
+from jobs.simulation.cost_fitting import FittedCosts, fit_costs
+from jobs.simulation.event_comparison import first_difference, recorded_columns
 from jobs.simulation.forward_cost import SharedReads
-from jobs.simulation.recorded_rows import RecordedRows, read_rows
+from jobs.simulation.reading_rows import read_rows
+from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.recorded_run import PHASES_OUTSIDE, RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import Outcome, simulate

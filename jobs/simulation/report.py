@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jobs.simulation.cost_model import FittedCosts
+from jobs.simulation.cost_fitting import FittedCosts
 from jobs.simulation.fitting import Fit
 from jobs.simulation.grid import Choice
 from jobs.simulation.predictor import Prediction, Predictor

@@ -14,7 +14,7 @@ from jobs.recorder import ParquetRecorder
 from jobs.simulation.cost_model import BETWEEN, GAP, POSTPROCESS, SUBMIT, CostModel
 from jobs.simulation.fitting import Fit
 from jobs.simulation.forward_cost import FEATURES, ForwardFeatures
-from jobs.simulation.recorded_rows import read_rows
+from jobs.simulation.reading_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import Outcome, simulate

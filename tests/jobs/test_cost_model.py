@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from jobs.simulation.block_ledger import BlockLedger
-from jobs.simulation.cost_model import SETTLING_MS, CostModel
+from jobs.simulation.cost_fitting import SETTLING_MS
+from jobs.simulation.cost_model import CostModel
 from jobs.simulation.fitting import fit, held_out_error
 from jobs.simulation.forward_cost import FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.predictor import Predictor
-from jobs.simulation.recorded_rows import read_rows
+from jobs.simulation.reading_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
+from jobs.simulation.recorded_steps import recorded_sizes
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import simulate
-from jobs.simulation.step_sizes import Padding, StepSizes, recorded_sizes, sizes_of_plan
+from jobs.simulation.step_sizes import Padding, StepSizes, sizes_of_plan
 from nanovllm.events import Recorder, ScheduleEvent
 from nanovllm.runner.graph_sizes import NEVER, graph_sizes, next_size
 from tests.analysis.editing import edit, edit_manifest

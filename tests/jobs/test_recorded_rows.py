@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jobs.shared_prefix import SharedPrefixIndex
-from jobs.simulation import recorded_rows
-from jobs.simulation.recorded_rows import RecordedRows, read_rows
+from jobs.simulation import reading_rows
+from jobs.simulation.reading_rows import read_rows
+from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.recorded_run import RecordedRun
 from tests.jobs.synthetic_run import Row, law, write_run
 
@@ -18,12 +19,12 @@ def common(first: np.ndarray, second: np.ndarray) -> int:
     return next((place for place in range(both) if first[place] != second[place]), both)
 
 
-@pytest.mark.parametrize("most_kept", [recorded_rows.KEPT_TOKENS, 0], ids=["kept", "made up each time"])
+@pytest.mark.parametrize("most_kept", [reading_rows.KEPT_TOKENS, 0], ids=["kept", "made up each time"])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_two_prompts_have_as_many_leading_tokens_in_common_as_before(
     seed: int, most_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(recorded_rows, "KEPT_TOKENS", most_kept)
+    monkeypatch.setattr(reading_rows, "KEPT_TOKENS", most_kept)
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 2, rng.integers(1, 9)).astype(np.int32) for _ in range(80)]
     index = SharedPrefixIndex()

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.simulation.block_ledger import BlockLedger, first_difference, recorded_columns
+from jobs.simulation.block_ledger import BlockLedger
+from jobs.simulation.event_comparison import first_difference, recorded_columns
 from jobs.simulation.predictor import Predictor
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.simulation import simulator
 from jobs.simulation.block_ledger import BlockLedger
-from jobs.simulation.recorded_rows import read_rows
+from jobs.simulation.reading_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.settings import Settings
 from nanovllm.engine.llm_engine import LLMEngine

@@ -11,7 +11,7 @@ from jobs.simulation import simulator
 from jobs.simulation.block_ledger import BlockLedger
 from jobs.simulation.cost_model_runner import CostModelRunner
 from jobs.simulation.predictor import Predictor
-from jobs.simulation.recorded_rows import read_rows
+from jobs.simulation.reading_rows import read_rows
 from jobs.simulation.recorded_run import RecordedRun
 from nanovllm.engine.plan import Plan
 from tests.jobs.synthetic_run import SETTINGS, Row, law, write_run

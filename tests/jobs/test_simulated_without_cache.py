@@ -9,7 +9,8 @@ import pytest
 
 from jobs.simulation import simulator
 from jobs.simulation.block_ledger import BlockLedger
-from jobs.simulation.recorded_rows import RecordedRows, read_rows
+from jobs.simulation.reading_rows import read_rows
+from jobs.simulation.recorded_rows import RecordedRows
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.simulator import Outcome, simulate
 from nanovllm.engine.block_manager import BlockManager

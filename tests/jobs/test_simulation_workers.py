@@ -177,3 +177,12 @@ def test_a_number_of_processes_that_cannot_be(run: Path, value: str, capsys: pyt
 def test_runs_to_compare_with_are_simulated_in_one_process(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main([f"run={run}", f"against={run}", "workers=2"]) == 2
     assert capsys.readouterr().err.startswith("error: workers=2: has no place beside against=")
+
+
+def test_a_process_imports_little():
+    """It has to be ready when the costs are fitted."""
+    code = "import sys, jobs.simulation.worker; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(said.stdout.split())
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "pyarrow", "hydra", "omegaconf", "scipy", "transformers"}
