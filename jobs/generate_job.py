@@ -32,6 +32,7 @@ from jobs.row_feed import RowFeed
 from jobs.run_dir import RUN_LOG
 from jobs.stop import StopRequest
 from jobs.summary import show, summary
+from jobs.turns import GivingWay, Turns
 from jobs.usage import UsageError
 from jobs.watchdog import Watchdog
 from jobs.writer import check_keep
@@ -111,7 +112,8 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
             )
         )
         results.check_against(run.manifest.get("counts"))
-        rows = RowFeed(results.missing(reader), config.engine.max_num_seqs, weight=lambda row: row.weight)
+        turns = Turns()
+        rows = RowFeed(results.missing(reader), config.engine.max_num_seqs, lambda row: row.weight, turns)
         stack.callback(rows.close)
         rows.wait_for_first(run.stop)  # what is no input at all shows before anything is made for it
         hashes = FileHashes(source, reader.paths, known=run.manifest.get("fingerprint"))
@@ -122,7 +124,8 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
         _check_dtype(run, assembly)
         stack.callback(assembly.intake.close)
         ready_rows = ReadyRows(rows, assembly.intake, config.sampling)
-        ready = RowFeed(ready_rows, config.engine.max_num_seqs, weight)
+        ready = RowFeed(ready_rows, config.engine.max_num_seqs, weight, turns)
+        assembly.engine.runner = GivingWay(assembly.engine.runner, turns)
         stack.callback(_end_feeds, rows, ready)
         stages = [results.generations, results.failures]
         tables = _record_tables(config, run, power)
@@ -153,7 +156,7 @@ def run(config: GenerateConfig, run: Run, assemble: "Assemble | None" = None) ->
             max_failures=config.reader.max_failures,
         )
         try:
-            with run.phase("generate"), run.stop.deferred(), watchdog:
+            with run.phase("generate"), run.stop.deferred(), watchdog, turns.of_loop():
                 loop.run(run.stop, lambda: _note_hashes(hashes, run))
         except BaseException as error:
             _break_off(error, journal, results, run, lambda: _so_far(hashes, reader, loop, figures))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from jobs.stop import StopRequest
+from jobs.turns import Turns
 
 POLL_S = 0.1
 """How often a wait for the next row looks for a signal."""
@@ -27,9 +28,17 @@ class RowFeed(Generic[RowT]):
     first, with `take_many`.
     """
 
-    def __init__(self, rows: Iterable[RowT], capacity: int, weight: Callable[[RowT], int] = lambda row: 0) -> None:
-        """`weight` of a row is about its size in bytes."""
+    def __init__(
+        self,
+        rows: Iterable[RowT],
+        capacity: int,
+        weight: Callable[[RowT], int] = lambda row: 0,
+        turns: Turns | None = None,
+    ) -> None:
+        """`weight` of a row is about its size in bytes. With `turns` the thread gives way to a loop that takes rows."""
+        self._turns = turns or Turns()
         self._capacity = capacity
+        self._at_once = max(1, int(capacity * TAKEN_AT_ONCE))
         self._weight_of = weight
         self._ready: deque[tuple[RowT, int]] = deque()
         self._weight = 0
@@ -72,8 +81,9 @@ class RowFeed(Generic[RowT]):
                     return None
                 stop.check()
                 waiting()
-                self._changed.wait(POLL_S)
-            self._taken += self._pop(max(1, int(self._capacity * TAKEN_AT_ONCE)), MAX_WEIGHT * TAKEN_AT_ONCE)
+                with self._turns.waiting():
+                    self._changed.wait(POLL_S)
+            self._taken += self._pop(self._at_once, MAX_WEIGHT * TAKEN_AT_ONCE)
         return self._taken.popleft()
 
     def take_many(self, most: int) -> list[RowT]:
@@ -120,6 +130,8 @@ class RowFeed(Generic[RowT]):
             for row in rows:
                 if not self._put(row):
                     break
+                if len(self._ready) > self._capacity // 2:  # with fewer, the loop might soon wait for them
+                    self._turns.give_way()
         except BaseException as caught:  # raised again where the rows are taken
             error = caught
         with self._changed:

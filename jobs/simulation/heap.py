@@ -14,8 +14,8 @@ _OPTIONS = {-1: KEPT_BYTES, -2: AHEAD_BYTES, -3: KEPT_BYTES}  # M_TRIM_THRESHOLD
 def keep_freed_memory() -> None:
     """From now on glibc gives up to KEPT_BYTES back to nobody but this process; another C library is left as it is.
 
-    A fresh page costs 2 to 5 us, more than writing to it: a simulation of 1,024 rows with a common prefix took 66 ms with
-    such pages and 45 without, one of 4,096 short rows 82 and 74 (2 cores of a virtual machine, 2026-11-29).
+    A fresh page costs 2 to 5 us, more than writing to it: 1,024 rows with a common prefix took 66 ms with them and 45
+    without, 4,096 short rows 82 and 74 (2 cores of a virtual machine, 2026-11-29).
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

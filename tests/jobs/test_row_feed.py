@@ -11,6 +11,7 @@ import pytest
 from jobs.row_feed import MAX_WEIGHT, RowFeed
 from jobs.rows import InputRow
 from jobs.stop import Stopped, StopRequest
+from jobs.turns import PATIENCE_S, Turns
 
 
 def rows(count: int) -> Iterator[InputRow]:
@@ -163,3 +164,37 @@ def test_what_is_taken_at_once_is_bounded_in_rows_and_in_memory():
         time.sleep(0.2)
         assert next(read) <= most, f"rows of {weight} bytes"
         feed.close(5)
+
+
+def test_a_feed_that_is_half_full_gives_way_to_a_loop_at_work():
+    read, turns = itertools.count(), Turns()
+    with turns.of_loop():
+        feed = RowFeed((row for row in rows(1000) if next(read) >= 0), capacity=400, turns=turns)
+        feed.wait_for_first(StopRequest())
+        time.sleep(0.2)
+        with turns.waiting():
+            pass
+        num_read = next(read)
+        assert 200 <= num_read < 200 + 0.5 / PATIENCE_S, "it takes a row each time that its patience ends"
+        assert feed.take(True, StopRequest()) is not None
+    time.sleep(0.2)
+    assert next(read) > 400
+    feed.close(5)
+
+
+def test_a_loop_that_waits_for_rows_is_no_loop_at_work():
+    """Rows that come slowly come no more slowly."""
+    turns, slept = Turns(), []
+
+    def slow() -> Iterator[InputRow]:
+        for row in rows(5):
+            time.sleep(0.01)
+            slept.append(turns._loop_waits.is_set())
+            yield row
+
+    with turns.of_loop():
+        feed = RowFeed(slow(), capacity=1, turns=turns)
+        while feed.take(True, StopRequest()) is not None:
+            pass
+        assert not turns._loop_waits.is_set()
+    assert slept.count(True) >= 4

@@ -1,10 +1,14 @@
 """Turns at the interpreter beside the step loop."""
 
 import sys
+import time
+from typing import cast
 
+import numpy as np
 import pytest
 
-from jobs.turns import TURN_S, short_turns
+from jobs.turns import TURN_S, GivingWay, Turns, short_turns
+from nanovllm.engine.plan import Plan, StepResult
 
 
 def test_turns_are_short_inside_and_as_before_afterwards():
@@ -20,3 +24,55 @@ def test_turns_are_short_inside_and_as_before_afterwards():
 
     assert inside == [pytest.approx(TURN_S)]
     assert sys.getswitchinterval() == before != pytest.approx(TURN_S)
+
+
+def test_who_gives_way_goes_on_while_the_loop_waits_and_after_a_while_anyway(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jobs.turns.PATIENCE_S", 0.2)
+    turns = Turns()
+
+    def took() -> float:
+        began = time.monotonic()
+        turns.give_way()
+        return time.monotonic() - began
+
+    assert took() < 0.1
+    with turns.of_loop():
+        assert took() >= 0.2
+        with turns.waiting():
+            assert took() < 0.1
+            with turns.waiting():
+                pass
+            assert took() < 0.1
+        assert took() >= 0.2
+    with pytest.raises(RuntimeError), turns.of_loop():
+        raise RuntimeError
+    assert took() < 0.1
+
+
+class Watched:
+    """A runner that notes whether the loop is said to wait."""
+
+    def __init__(self, lookahead: int, turns: Turns) -> None:
+        self.lookahead = lookahead
+        self.seen: list[tuple[str, bool]] = []
+        self._turns = turns
+
+    def submit(self, plan: Plan) -> None:
+        self.seen.append(("submit", self._turns._loop_waits.is_set()))
+
+    def collect(self) -> StepResult:
+        self.seen.append(("collect", self._turns._loop_waits.is_set()))
+        return StepResult(token_ids=np.empty(0, np.int32))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_the_loop_waits_where_the_device_works(lookahead: int):
+    turns = Turns()
+    watched = Watched(lookahead, turns)
+    runner = GivingWay(watched, turns)
+    assert runner.lookahead == lookahead
+    with turns.of_loop():
+        runner.submit(cast(Plan, None))
+        runner.collect()
+        assert not turns._loop_waits.is_set()
+    assert watched.seen == [("submit", lookahead == 0), ("collect", True)]
