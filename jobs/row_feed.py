@@ -1,5 +1,6 @@
 """Rows got ready ahead by a thread, so that a slow source never holds up the step loop or a signal."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -87,16 +88,20 @@ class RowFeed(Generic[RowT]):
         return self._taken.popleft()
 
     def take_many(self, most: int) -> list[RowT]:
-        """As many rows as are ready, at least one, at most `most`; none at the end. For another feed's thread."""
+        """As many rows as are ready, at least one, at most `most`; none at the end.
+
+        For another feed's thread, on a feed that `take` is not used on.
+        """
         with self._changed:
             while not self._ready and not self._source_ended:
                 self._changed.wait()
             if not self._ready:
                 self._end()
-            return self._pop(most, MAX_WEIGHT)
+            return self._pop(most, math.inf)
 
     def close(self, patience_s: float = 0.0) -> None:
-        """Takes nothing more from the source, and waits so long for the thread to be done with it.
+        """Takes nothing more from the source, and waits so long for the thread to be done with it; `take` has nothing
+        more either, whose thread must be the one that closes.
 
         A thread that waits for a pipe is left behind; it ends with the process.
         """

@@ -12,6 +12,7 @@ TURN_S = 0.0002
 is some ten, may cost that much while rows are read or records encoded. On an H200 `shared`, a run of 1.3 s, waited for
 its host 30 ms instead of 84."""
 PATIENCE_S = 0.005
+"""After which a thread that gives way goes on, if only by a row: 200 rows/s, should the loop never wait."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from jobs.simulation.cost_model import (
     intake_tokens,
     submit_features,
 )
-from jobs.simulation.fitting import Error, Fit, fit, held_out_error
+from jobs.simulation.fitting import Error, Fit, Fitted, fit, held_out_error
 from jobs.simulation.forward_cost import DOUBTED, FEATURES, ForwardFeatures, SharedReads
 from jobs.simulation.host_times import HostTimes
 from jobs.simulation.recorded_run import RecordedRun
@@ -27,10 +27,10 @@ WARM_UP_STEPS = 16
 SETTLING_MS = 100.0
 """An H200 multiplies 8 to 10 % faster for the first 40 to 60 ms (kernels/NOTES.md)."""
 LEAST_PREFILLS = 8
-FEW_END = MappingProxyType({"finished row": 1.0})
-"""Doubted, with its weight: mostly one row ends with a step, so that a run hardly tells what a second one costs and not
-at all what a hundred do (in `nano` each seems to take 50 us to commit and 60 beside it; 120 that end together take 17
-and 35)."""
+FEW_END = 3
+"""That so many rows which end with a step cost nothing is taken for one more value: a run in which mostly one does
+hardly tells what a second one costs, and not at all what a hundred do (in `nano` each seems to take 50 us to commit and
+60 beside it; 120 that end together take 17 and 35). Beside steps in which many end it does not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +62,25 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     submit = submit_features(sizes)
     schedule = fit(SUBMIT, submit, times.schedule)
     prepare = fit(SUBMIT, [np.broadcast_to(np.asarray(c), len(others))[others] for c in submit], times.prepare[others])
-    captures = times.late_captures(is_first, prepare.predict(submit))
+    captures = times.late_captures(is_first, prepare.fit.predict(submit))
     capture_ms = float(np.median(captures)) if len(captures) else 0.0  # the first one may compile kernels too
     gaps, between = times.device_gaps(), times.between_steps()
     finished = run.column("num_finished")
     model = CostModel(
         features=features,
-        forward=forward,
+        forward=forward.fit,
         gap=_fit_or_zero(GAP, gap_features(StepSizes(*(np.asarray(values)[gaps.step] for values in sizes))), gaps.ms),
-        schedule=schedule,
-        prepare=prepare,
-        postprocess=fit(POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess, doubted=FEW_END),
+        schedule=schedule.fit,
+        prepare=prepare.fit,
+        postprocess=fit(
+            POSTPROCESS, (1.0, sizes.num_rows, finished > 0, finished), times.postprocess, doubted=_ends(finished)
+        ).fit,
         between=_fit_or_zero(
             BETWEEN,
             (1.0, between.num_finished > 0, between.num_finished, intake_tokens(between.rows_in, between.tokens_in)),
             between.ms,
             between.rows_in > 0,
-            FEW_END,
+            _ends(between.num_finished),
         ),
         capture_ms=capture_ms,
         warm_up_ms=_warm_up(forward, warm_up)
@@ -95,6 +97,11 @@ def fit_costs(run: RecordedRun, shared: SharedReads) -> FittedCosts:
     )
 
 
+def _ends(finished: np.ndarray) -> Mapping[str, float]:
+    """How much of what many rows that end together seem to cost is doubted: nothing to speak of where many did."""
+    return {"finished row": (FEW_END / max(int(finished.max(initial=0)), FEW_END)) ** 2}
+
+
 def _fit_or_zero(
     names: tuple[str, ...],
     features: tuple[object, ...],
@@ -104,9 +111,8 @@ def _fit_or_zero(
 ) -> Fit:
     """A run of one step has no gap between steps."""
     if len(values):
-        return fit(names, features, values, doubted=doubted, never_outliers=never_outliers)
-    nothing = np.zeros(0)
-    return Fit(names=names, coefficients=np.zeros(len(names)), outliers=nothing > 0, residuals=nothing)
+        return fit(names, features, values, doubted=doubted, never_outliers=never_outliers).fit
+    return Fit(names=names, coefficients=np.zeros(len(names)))
 
 
 def _settled(run: RecordedRun, sizes: StepSizes, times: HostTimes) -> np.ndarray:
@@ -117,7 +123,7 @@ def _settled(run: RecordedRun, sizes: StepSizes, times: HostTimes) -> np.ndarray
     return settled if is_kept else np.ones_like(settled)
 
 
-def _warm_up(cost: Fit, num_steps: int) -> float:
+def _warm_up(cost: Fitted, num_steps: int) -> float:
     """What outliers among the first steps took too much."""
     first = slice(0, num_steps)
     return max(0.0, float(cost.residuals[first][cost.outliers[first]].sum()))

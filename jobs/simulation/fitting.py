@@ -33,10 +33,6 @@ class Fit:
 
     names: tuple[str, ...]
     coefficients: np.ndarray
-    outliers: np.ndarray
-    """bool [values]"""
-    residuals: np.ndarray
-    """[values] measured minus predicted"""
 
     def predict(self, features: Sequence[object]) -> np.ndarray:
         """One value for each entry of the features, which are numbers or arrays of one length."""
@@ -47,6 +43,17 @@ class Fit:
         return float(sum(map(operator.mul, self.coefficients.tolist(), features)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A fit, and the values it was made to."""
+
+    fit: Fit
+    outliers: np.ndarray
+    """bool [values]"""
+    residuals: np.ndarray
+    """[values] measured minus predicted"""
+
+
 def fit(
     names: tuple[str, ...],
     features: Sequence[object],
@@ -54,7 +61,7 @@ def fit(
     *,
     doubted: Mapping[str, float] = MappingProxyType({}),
     never_outliers: np.ndarray | None = None,
-) -> Fit:
+) -> Fitted:
     """Fits `values` [n] to `features`, each a number or an array [n].
 
     Of each `doubted` name one more value, as small as most and of the weight given, says that as much as there ever
@@ -64,7 +71,8 @@ def fit(
     columns = _columns(features, len(values))
     doubts = np.array([doubted.get(name, 0.0) for name in names])
     coefficients, keep = _robust(columns, values, doubts, never_outliers)
-    return Fit(names=names, coefficients=coefficients, outliers=~keep, residuals=values - columns @ coefficients)
+    found = Fit(names=names, coefficients=coefficients)
+    return Fitted(fit=found, outliers=~keep, residuals=values - columns @ coefficients)
 
 
 def held_out_error(
@@ -84,7 +92,7 @@ def held_out_error(
     for fold in range(FOLDS):
         rest = part != fold
         one = fit(names, tuple(columns[rest].T), values[rest], doubted=doubted)
-        predicted[~rest] = columns[~rest] @ one.coefficients
+        predicted[~rest] = columns[~rest] @ one.fit.coefficients
     keep = ~fit(names, tuple(columns.T), values, doubted=doubted).outliers & (values > 0)
     relative = np.abs(predicted[keep] / values[keep] - 1)
     return Error(mape=float(relative.mean()), total=float(predicted.sum() / values.sum() - 1))

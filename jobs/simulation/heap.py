@@ -6,9 +6,10 @@ import ctypes
 import numpy as np
 
 KEPT_BYTES = 2**28
-AHEAD_BYTES = 2**25
+LARGEST_BYTES = 2**25
+"""Of one array; glibc takes no more for M_MMAP_THRESHOLD."""
 # mallopt(3) of glibc: options and their values
-_OPTIONS = {-1: KEPT_BYTES, -2: AHEAD_BYTES, -3: KEPT_BYTES}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+_OPTIONS = {-1: KEPT_BYTES, -2: LARGEST_BYTES, -3: LARGEST_BYTES}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> None:
@@ -25,4 +26,4 @@ def keep_freed_memory() -> None:
 
 def take_memory_ahead() -> None:
     """The first pages, while there is nothing else to do."""
-    np.ones(AHEAD_BYTES, np.uint8)
+    np.ones(LARGEST_BYTES - 4096, np.uint8)

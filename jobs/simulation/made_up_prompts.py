@@ -50,7 +50,7 @@ class MadeUpPrompts:
         return prompts
 
     def _marks_of(self, index: int) -> _Marks:
-        row, num_shared = self._row[index], self._shared_tokens[index]
+        row, num_shared = self._row[index], min(self._shared_tokens[index], self._num_tokens[index])
         if row in self._marks:
             return self._marks[row]
         marks: _Marks = ()

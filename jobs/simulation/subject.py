@@ -47,7 +47,10 @@ class Subject:
 
 
 def encoded(value: object) -> bytes:
-    """One line of JSON, from which `decoded` makes the same again: floats keep every digit, arrays are lists."""
+    """One line of JSON, from which `decoded` makes the same again: finite floats keep every digit, arrays are lists.
+
+    An empty array comes back as one of float64.
+    """
     return msgspec.json.encode(value, enc_hook=_to_list)
 
 
@@ -63,5 +66,8 @@ def _to_list(value: Any) -> Any:
 
 def _to_array(kind: type, value: Any) -> Any:
     if kind is np.ndarray:
-        return np.array(value)
+        array = np.array(value)
+        if array.dtype == object:
+            raise ValueError(f"an array holds what is no number: {value[:3]} ...")
+        return array
     raise NotImplementedError(f"{kind.__name__} is not sent between processes")

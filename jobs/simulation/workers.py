@@ -19,30 +19,42 @@ from jobs.simulation.worker import LOADED
 from jobs.usage import UsageError
 
 MOST_WORKERS = 256
+MOST_BY_DEFAULT = 32
+"""Each takes 50 MB and more."""
 ROW_S, STEP_S = 20e-6, 40e-6
 """What a recorded row and a recorded step take to simulate, about."""
-LEAST_S = 0.1
-"""Work from which processes pay; what they need to get ready passes while the run is read and its costs are fitted."""
+LEAST_S = 0.8
+"""Over the cores: work from which processes pay. They get ready while the costs are fitted, if a core is left for it;
+on two cores 0.13 s of work made a command of 1.3 s longer by 0.2 s, 1.05 s one of 2.4 s shorter by that (2026-11-29).
+"""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def workers_for(num_configurations: int, *, num_rows: int, num_steps: int) -> int:
     """How many processes a grid around such a run is worth; 1 where this one does it as fast."""
-    if num_configurations * (ROW_S * num_rows + STEP_S * num_steps) < LEAST_S:
-        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(num_configurations, cores, MOST_WORKERS))
+    if num_configurations * (ROW_S * num_rows + STEP_S * num_steps) < LEAST_S / cores:
+        return 1
+    return max(1, min(num_configurations, cores, MOST_BY_DEFAULT))
 
 
 class Workers:
-    """So many processes, which start at once and get ready by themselves. A context: outside of it they have ended."""
+    """So many processes, which start at once and get ready by themselves. A context: outside of it they have ended.
+
+    UsageError where they cannot be started.
+    """
 
     def __init__(self, count: int) -> None:
         self._processes: list[_Process] = []
         try:
             for _ in range(count):
                 self._processes.append(_Process())
+        except OSError as error:
+            self.close()
+            raise UsageError(
+                f"{count} processes that simulate cannot be started: {error}; workers=1 needs none"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -67,10 +79,12 @@ class Workers:
         found: dict[int, Outcome] = {}
 
         def work(process: "_Process") -> None:
-            with contextlib.suppress(IndexError):
-                while True:
+            while True:
+                try:
                     place, each = todo.popleft()
-                    found[place] = process.outcome(each)
+                except IndexError:
+                    return
+                found[place] = process.outcome(each)
 
         with ThreadPoolExecutor(len(self._processes)) as threads:
             try:
@@ -104,14 +118,18 @@ class _Process:
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in end
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jobs.simulation.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C at a terminal is for the command, which then ends this
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "jobs.simulation.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C at a terminal is for the command, which then ends this
+            )
+        except BaseException:
+            self._errors.close()
+            raise
 
     def load(self, directory: str) -> None:
         line = self._exchange(os.fsencode(directory))
@@ -135,15 +153,17 @@ class _Process:
 
     def _death(self) -> Exception:
         code = self._process.wait()
-        if code < 0:
-            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        if code == -signal.SIGKILL:
             return UsageError(
-                f"a process that simulates was ended by {name}, as the kernel does when memory runs out; "
+                "a process that simulates was ended by SIGKILL, as the kernel does when memory runs out; "
                 "fewer side by side take less of it: workers=1"
             )
+        how = f"exit code {code}"
+        if code < 0:
+            how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         self._errors.seek(0)
         return RuntimeError(
-            f"a process that simulates ended with exit code {code}:\n{self._errors.read().decode(errors='replace')}"
+            f"a process that simulates ended with {how}:\n{self._errors.read().decode(errors='replace')}"
         )
 
     def end(self) -> None:

@@ -1,5 +1,6 @@
 """One sequence on its way through the engine."""
 
+import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,10 +86,16 @@ class Sequence:
 
 
 def _own(token_ids: np.ndarray) -> np.ndarray:
-    """As int32 that nobody changes any more, as the prefix cache relies on what stands in it: mostly a copy."""
-    base = token_ids.base
-    can_change = token_ids.flags.writeable or (isinstance(base, np.ndarray) and base.flags.writeable)
-    return np.array(token_ids, np.int32) if can_change or token_ids.dtype != np.int32 else token_ids
+    """As int32 that nobody changes any more, as the prefix cache relies on what stands in it: mostly a copy.
+
+    What is read-only down to who owns the memory is taken as it is; that nobody has an older view of it through which
+    it can be written to is for the caller to see to.
+    """
+    base = token_ids
+    while isinstance(base, np.ndarray) and not base.flags.writeable:
+        base = base.base
+    is_fixed = base is None or isinstance(base, bytes | mmap.mmap)
+    return token_ids if is_fixed and token_ids.dtype == np.int32 else np.array(token_ids, np.int32)
 
 
 class Ended(NamedTuple):

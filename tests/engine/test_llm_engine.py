@@ -158,7 +158,9 @@ def test_token_ids_are_copied_if_they_can_change() -> None:
     view.flags.writeable = False
     fixed = [np.frombuffer(ids.tobytes(), np.int32), ids.copy()]
     fixed[1].flags.writeable = False
-    for given in (ids, view, ids.astype(np.int64), *fixed, fixed[1][3:]):
+    changing = bytearray(ids.tobytes())
+    seen = np.frombuffer(memoryview(changing).toreadonly(), np.int32)
+    for given in (ids, view, view[1:], seen, seen[2:], ids.astype(np.int64), *fixed, fixed[0][1:], fixed[1][3:]):
         own = Sequence(0, given, ResolvedSampling(max_tokens=4), row=0).token_ids
         assert own.dtype == np.int32
         assert own.tolist() == given.tolist()

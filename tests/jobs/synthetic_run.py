@@ -165,6 +165,5 @@ def _empty(kind: pa.DataType) -> object:
 
 def _exact(names: tuple[str, ...], costs: Mapping[str, float]) -> Fit:
     assert costs.keys() <= set(names), f"{costs.keys() - set(names)} are no features; {names} are"
-    nothing = np.zeros(0)
     coefficients = np.array([costs.get(name, 0.0) for name in names])
-    return Fit(names=names, coefficients=coefficients, outliers=nothing > 0, residuals=nothing)
+    return Fit(names=names, coefficients=coefficients)

@@ -4,7 +4,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -155,15 +155,44 @@ def test_who_waits_is_called_meanwhile():
 
 
 def test_what_is_taken_at_once_is_bounded_in_rows_and_in_memory():
-    for weight, most in ((0, 16 + 2 + 1), (MAX_WEIGHT // 16, 16 + 2 + 1), (MAX_WEIGHT // 2, 2 + 1 + 1)):
+    for weight, taken, read_ahead in ((0, 8, 64), (MAX_WEIGHT // 24, 3, 24), (MAX_WEIGHT // 2, 1, 2)):
         read = itertools.count()
-        feed = RowFeed((row for row in rows(100) if next(read) >= 0), capacity=16, weight=lambda row, w=weight: w)
-        feed.wait_for_first(StopRequest())
-        time.sleep(0.2)
+        feed = RowFeed((row for row in rows(100) if next(read) >= 0), capacity=64, weight=lambda row, w=weight: w)
+        wait_until(lambda feed=feed, most=read_ahead: len(feed._ready) == most)
         assert feed.take(True, StopRequest()) is not None
-        time.sleep(0.2)
-        assert next(read) <= most, f"rows of {weight} bytes"
+        assert len(feed._taken) == taken - 1, f"rows of {weight} bytes"
+        wait_until(lambda feed=feed, most=read_ahead: len(feed._ready) == most)
+        assert next(read) == taken + read_ahead + 1
         feed.close(5)
+        assert feed.take(True, StopRequest()) is None, "closed"
+
+
+def test_rows_and_what_the_reading_raises_keep_their_places_however_many_are_taken_at_once():
+    def broken() -> Iterator[InputRow]:
+        for row in rows(150):
+            if row.row % 40 == 39:
+                time.sleep(0.01)
+            yield row
+        raise OSError("the disk is gone")
+
+    feed, stop = RowFeed(broken(), capacity=64), StopRequest()
+    taken: list[int] = []
+    left: set[int] = set()
+    while len(taken) < 150:
+        row = feed.take(len(taken) % 3 > 0, stop)
+        left.add(len(feed._taken))
+        taken += [row.row] if row is not None else []
+    with pytest.raises(OSError, match="the disk is gone"):
+        feed.take(True, stop)
+    assert taken == list(range(150))
+    assert max(left) == 7
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_feed_that_is_half_full_gives_way_to_a_loop_at_work():

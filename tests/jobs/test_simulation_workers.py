@@ -8,16 +8,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from jobs.simulate import main
+from jobs.simulation import workers as workers_module
 from jobs.simulation.predictor import Predictor
 from jobs.simulation.recorded_run import RecordedRun
 from jobs.simulation.simulator import simulate
-from jobs.simulation.subject import Subject
-from jobs.simulation.workers import MOST_WORKERS, Workers, workers_for
+from jobs.simulation.subject import Subject, decoded, encoded
+from jobs.simulation.workers import MOST_BY_DEFAULT, MOST_WORKERS, Workers, workers_for
 from jobs.usage import UsageError
 from tests.jobs.generate_process import ROOT
 from tests.jobs.synthetic_run import Row, write_run
@@ -82,6 +86,45 @@ def test_a_process_that_is_killed_is_one_error_with_a_cure(subject: Subject, wor
     workers._processes[1]._process.kill()
     with pytest.raises(UsageError, match=r"ended by SIGKILL.*memory.*workers=1"):
         workers.outcomes(subject, [TIGHT] * 3)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGTERM])
+def test_a_process_that_dies_otherwise_is_no_lack_of_memory(subject: Subject, workers: Workers, signum: signal.Signals):
+    workers._processes[0]._process.send_signal(signum)
+    with pytest.raises(RuntimeError, match=f"ended with {signum.name}:") as caught:
+        workers.outcomes(subject, [TIGHT] * 3)
+    assert not isinstance(caught.value, UsageError)
+
+
+def test_an_error_of_ours_is_raised_as_it_is(subject: Subject, workers: Workers, monkeypatch: pytest.MonkeyPatch):
+    def decoded(*arguments: object) -> None:
+        raise IndexError("a bug in decoding")
+
+    monkeypatch.setattr("jobs.simulation.workers.decoded", decoded)
+    with pytest.raises(IndexError, match="a bug in decoding"):
+        workers.outcomes(subject, [TIGHT] * 3)
+
+
+def test_processes_that_cannot_start_are_one_error_with_a_cure(monkeypatch: pytest.MonkeyPatch):
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if len(started) == 2:
+            raise OSError(24, "Too many open files")
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(workers_module, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    with pytest.raises(UsageError, match=r"3 processes.*Too many open files.*workers=1"):
+        Workers(3)
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_an_array_of_no_numbers_is_not_handed_over():
+    good = decoded(encoded(np.array([0.1, 1e-300])), np.ndarray)
+    assert good.tolist() == [0.1, 1e-300]
+    with pytest.raises(msgspec.ValidationError, match="no number"):
+        decoded(encoded(np.array([np.nan, 1.0])), np.ndarray)
 
 
 def test_what_goes_wrong_in_a_process_is_told(workers: Workers):
@@ -160,12 +203,22 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("configurations", "rows", "steps", "most"),
-    [(1, 10**6, 10**5, 1), (4, 100, 100, 1), (3, 4096, 137, 3), (1000, 10**6, 10**5, MOST_WORKERS)],
+    ("configurations", "rows", "steps", "cores", "expected"),
+    [
+        (1, 10**6, 10**5, 16, 1),
+        (4, 100, 100, 2, 1),
+        (4, 4096, 137, 2, 1),  # which would have to get ready beside the fit
+        (4, 4096, 137, 16, 4),
+        (36, 4096, 137, 2, 2),
+        (1000, 10**6, 10**5, 16, 16),
+        (1000, 10**6, 10**5, 300, MOST_BY_DEFAULT),
+    ],
 )
-def test_how_many_processes_a_grid_is_worth(configurations: int, rows: int, steps: int, most: int):
-    found = workers_for(configurations, num_rows=rows, num_steps=steps)
-    assert found == min(most, len(os.sched_getaffinity(0)))
+def test_how_many_processes_a_grid_is_worth(
+    configurations: int, rows: int, steps: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert workers_for(configurations, num_rows=rows, num_steps=steps) == expected
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", str(MOST_WORKERS + 1)])
