@@ -16,8 +16,8 @@ MAX_WEIGHT = 64 * 1024**2
 
 TAKEN_AT_ONCE = 1 / 8
 """Of the capacity: so many rows leave the queue together. One by one, a loop that takes many rows in a row waits for
-the lock, and for the interpreter, each time (128 rows of 512 tokens took 5 to 19 ms while the feeds filled; so, and with
-feeds that give way, 2 to 5)."""
+the lock, and for the interpreter, each time (128 rows of 512 tokens took 5 to 19 ms while the feeds filled; together,
+and with feeds that give way, 2 to 5)."""
 
 RowT = TypeVar("RowT")
 
