@@ -32,7 +32,7 @@ by a cost model fitted on the recorded steps. Makes no run directory and needs n
   against=  other runs (a directory, that of a sweep, or a glob) on the same device with the same model: their rows and
             settings are simulated with the costs of run=, and what comes out stands beside what was measured"""
 
-EXAMPLES = {"run": "DIR", "against": "DIR", "search": "true", "workers": "4"}
+_EXAMPLES = {"run": "DIR", "against": "DIR", "search": "true", "workers": "4"}
 
 
 @dataclass(slots=True)
@@ -64,8 +64,8 @@ def _parse(words: Sequence[str]) -> _Words:
     said = _Words()
     for word in words:
         key, equals, value = word.partition("=")
-        if key in EXAMPLES and not value:
-            raise UsageError(f"{word}: has no value; write {key}={EXAMPLES[key]}")
+        if key in _EXAMPLES and not value:
+            raise UsageError(f"{word}: has no value; write {key}={_EXAMPLES[key]}")
         if key == "run":
             if said.run:
                 raise UsageError(f"{word}: one run is simulated, and run={said.run} is named already")
@@ -147,7 +147,7 @@ def _compared(run: RecordedRun, ledger: BlockLedger) -> str:
 
 
 def _rows_lines(predictor: Predictor) -> list[str]:
-    rows, read = predictor.rows, predictor.read_rows
+    rows, read = predictor.rows, predictor.read
     lines = [f"{len(rows):,} rows, {int(rows.num_output_tokens.sum()):,} output tokens"]
     if predictor.run.num_unrecorded_attempts:
         lines.append("  note: rows of attempts with recorder=off are left out")

@@ -41,8 +41,8 @@ class Predictor:
 
     def __init__(self, run: RecordedRun) -> None:
         self.run = run
-        self.read_rows = read_rows(run)
-        self.rows = self.read_rows.rows
+        self.read = read_rows(run)
+        self.rows = self.read.rows
         self.costs = self._fit()
         self.ledger = BlockLedger()
         """Of the run itself, simulated with its own settings, as is `own`."""

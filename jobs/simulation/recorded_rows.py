@@ -38,7 +38,6 @@ class RecordedRows:
     output_tokens: np.ndarray
     """int32 [tokens of all outputs, and one more behind each]: the additional one is what the step samples that was
     under way when the row ended, or the one that ended the row because its logits were not finite."""
-
     prompt_tokens: np.ndarray
     """int32 [tokens of all prompts], one after the other; none where these would be too many."""
 

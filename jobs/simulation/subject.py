@@ -61,7 +61,7 @@ def decoded(data: bytes, kind: type[T]) -> T:
 def _to_list(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
-    raise NotImplementedError(f"{type(value).__name__} is not sent between processes")
+    raise TypeError(f"{type(value).__name__} is not sent between processes")
 
 
 def _to_array(kind: type, value: Any) -> Any:
@@ -70,4 +70,4 @@ def _to_array(kind: type, value: Any) -> Any:
         if array.dtype == object:
             raise ValueError(f"an array holds what is no number: {value[:3]} ...")
         return array
-    raise NotImplementedError(f"{kind.__name__} is not sent between processes")
+    raise TypeError(f"{kind.__name__} is not sent between processes")

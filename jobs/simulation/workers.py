@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
+from jobs.command import CHECKOUT
 from jobs.simulation.settings import Settings
 from jobs.simulation.simulator import Outcome
 from jobs.simulation.subject import Subject, decoded, encoded
@@ -27,8 +28,6 @@ LEAST_S = 0.8
 """Over the cores: work from which processes pay. They get ready while the costs are fitted, if a core is left for it;
 on two cores 0.13 s of work made a command of 1.3 s longer by 0.2 s, 1.05 s one of 2.4 s shorter by that (2026-11-29).
 """
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def workers_for(num_configurations: int, *, num_rows: int, num_steps: int) -> int:
@@ -183,5 +182,5 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _environment() -> dict[str, str]:
-    path = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    path = [str(CHECKOUT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
